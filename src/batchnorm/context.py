@@ -1,0 +1,28 @@
+"""What is running this code: torch.compile, a torch.func transform, a backward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_current_graph_task_id = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass, as it is when a checkpoint computes a forward again."""
+    return not torch.compiler.is_compiling() and _current_graph_task_id() != -1
+
+
+def under_transform() -> bool:
+    """Whether a torch.func transform (grad, jvp, vmap, ...) is running this code."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def values_can_be_read(tensor: Tensor) -> bool:
+    """Whether a check may look at the values: not while tracing, nor where it would stall a device."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not under_transform()
+
+
+def is_per_example(tensor: Tensor) -> bool:
+    """Whether vmap has given every example a value of its own for `tensor`."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(tensor)

@@ -1,0 +1,83 @@
+"""torch's own batch norm operator behind the kernels' signatures: the fast choice where it applies."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from batchnorm.checks import statistics_dtype
+from batchnorm.moments import Moments, count_dtype
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def supports(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether torch's operator takes `x` with per-channel tensors of these dtypes."""
+    dtype = x.dtype
+    wanted = torch.float32 if dtype in _HALF else dtype
+    for parameter in parameters:
+        if parameter is not None and parameter.dtype != wanted:
+            return False
+    return x.numel() > 0
+
+
+def training(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, channel_dim: int
+) -> tuple[Tensor, Moments]:
+    """As `reference.training`."""
+    size = x.shape[channel_dim]
+    values = x.numel() // size
+    mean = torch.zeros(size, dtype=statistics_dtype(x), device=x.device)
+    var = torch.ones_like(mean)
+    # A running average with momentum 1 is the batch's own mean and unbiased variance.
+    y = call(x, weight, bias, mean, var, True, 1.0, eps, channel_dim)
+    count = torch.full((), values, dtype=count_dtype(x), device=x.device)
+    return y, Moments(count, mean, var * (values - 1))
+
+
+def inference(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    channel_dim: int,
+) -> Tensor:
+    """As `reference.inference`."""
+    return call(x, weight, bias, running_mean, running_var, False, 0.0, eps, channel_dim)
+
+
+def call(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    channel_dim: int = 1,
+) -> Tensor:
+    """`torch.batch_norm` for channels along any dimension; moves the running statistics when training."""
+    y = torch.batch_norm(
+        x if channel_dim == 1 else _with_channels_second(x, channel_dim),
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        training,
+        momentum,
+        eps,
+        torch.backends.cudnn.enabled,
+    )
+    return y if channel_dim == 1 else y.reshape(x.shape)
+
+
+def _with_channels_second(x: Tensor, channel_dim: int) -> Tensor:
+    # A view of a contiguous x: (before, C, after), or (before, C) when the channels are last.
+    before, channels = math.prod(x.shape[:channel_dim]), x.shape[channel_dim]
+    return x.reshape(before, channels) if channel_dim == x.ndim - 1 else x.reshape(before, channels, -1)

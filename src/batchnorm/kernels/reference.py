@@ -1,0 +1,78 @@
+"""Batch norm in plain differentiable torch: the oracle that every faster kernel is tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchnorm.moments import Moments, take
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "mish": F.mish,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+    "tanh": torch.tanh,
+    "softplus": F.softplus,
+}
+
+
+def training(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, channel_dim: int
+) -> tuple[Tensor, Moments]:
+    """`(x - mean) / sqrt(var + eps) * weight + bias` by the moments of `x`, and those moments."""
+    moments = take(x, tuple(dim for dim in range(x.ndim) if dim != channel_dim))
+    scale, shift = scale_and_shift(moments.var(), weight, bias, eps)
+    return apply(x, moments.mean, scale, shift, (channel_dim,)), moments
+
+
+def inference(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    channel_dim: int,
+) -> Tensor:
+    """`(x - running_mean) / sqrt(running_var + eps) * weight + bias`."""
+    scale, shift = scale_and_shift(running_var, weight, bias, eps)
+    return apply(x, running_mean, scale, shift, (channel_dim,))
+
+
+def scale_and_shift(
+    var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """What a centred value is multiplied by, and what is added to it, per channel."""
+    scale = torch.rsqrt(var + eps)
+    return (scale if weight is None else scale * weight), bias
+
+
+def apply(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None, axes: tuple[int, ...]) -> Tensor:
+    """`(x - mean) * scale + shift`, in the dtype and memory layout of `x`.
+
+    Args:
+        mean, scale, shift: one value per index along the last of `axes`, or along all of them.
+    """
+    # Centred before it is scaled: folding the mean into the shift would cancel when |mean| >> std.
+    y = (x - _along(mean, x, axes)) * _along(scale, x, axes)
+    if shift is not None:
+        y = y + _along(shift, x, axes)
+    return y.to(x.dtype)
+
+
+def _along(values: Tensor, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    shape = [1] * x.ndim
+    for axis, size in zip(axes[-values.ndim :], values.shape, strict=True):
+        shape[axis] = size
+    return values.reshape(shape)

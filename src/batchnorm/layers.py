@@ -1,0 +1,314 @@
+"""BatchNorm1d, 2d and 3d: drop-in for torch.nn's, with what torch.nn's lack."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm import checks, functional, running
+from batchnorm.context import is_per_example, under_transform
+from batchnorm.kernels import native
+from batchnorm.kernels.reference import ACTIVATIONS
+from batchnorm.moments import Moments
+from batchnorm.names import describe
+from batchnorm.renorm import Renorm
+
+_RenormLike = Renorm | tuple[float, float] | Mapping[str, float] | bool | None
+
+_OPTIONS = {
+    "activation": None,
+    "ghost_batch_size": None,
+    "renorm": None,
+    "channel_dim": 1,
+    "correction": 1,
+    "skip_nonfinite": False,
+}
+
+
+class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Normalise each channel: `activation((x - mean) / sqrt(var + eps) * weight + bias + residual)`.
+
+    In training by the mean and biased variance of the batch, in eval mode by the running ones (Ioffe &
+    Szegedy 2015, algorithms 1 and 2). Same arguments, numbers, Parameters, buffers and state_dict as
+    torch.nn's class of the same name.
+
+    Args:
+        num_features: number of channels C.
+        eps: added to the variance; above 0.
+        momentum: weight of the new batch in the running statistics, in [0, 1]; None is the cumulative
+            average.
+        affine: learn `weight` and `bias`.
+        track_running_stats: keep running statistics; without them eval mode uses the batch's.
+        activation: name of the activation applied last: "relu", "silu", ...
+        ghost_batch_size: normalise every so many samples by themselves (Hoffer et al. 2017).
+        renorm: batch renormalization: True, or (r_max, d_max) (Ioffe 2017).
+        channel_dim: where the channels are; -1 for (N, L, C).
+        correction: of the running variance: 1 unbiased, as torch; 0 biased, as Keras.
+        skip_nonfinite: a batch with an inf or NaN moment leaves the running statistics alone.
+
+    Any other keyword (such as `bias` in torch 2.13) goes to torch.nn's class.
+
+    Raises:
+        ValueError: an option out of its range; the message says which.
+    """
+
+    activation: str | None
+    ghost_batch_size: int | None
+    channel_dim: int
+    correction: float
+    skip_nonfinite: bool
+
+    _ranks: tuple[int, ...]
+    _expected: str
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+        ghost_batch_size: int | None = None,
+        renorm: _RenormLike = None,
+        channel_dim: int = 1,
+        correction: float = 1,
+        skip_nonfinite: bool = False,
+        **torch_options: Any,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **torch_options
+        )
+        self._set_options(
+            activation=activation,
+            ghost_batch_size=ghost_batch_size,
+            renorm=renorm,
+            channel_dim=channel_dim,
+            correction=correction,
+            skip_nonfinite=skip_nonfinite,
+        )
+
+    def _set_options(self, **options: Any) -> None:
+        checks.check_eps(self.eps)
+        checks.check_momentum(self.momentum)
+        checks.check_activation(options["activation"], ACTIVATIONS)
+        checks.check_ghost_batch_size(options["ghost_batch_size"], options["channel_dim"])
+        checks.check_correction(options["correction"])
+        for name, value in options.items():
+            setattr(self, name, value)
+        if self.renorm is not None and not self.track_running_stats:
+            raise ValueError(
+                "renorm corrects towards the running statistics: it needs track_running_stats=True"
+            )
+
+    @property
+    def renorm(self) -> Renorm | None:
+        """Batch renormalization's (r_max, d_max), or None; may be set as training goes on."""
+        return self._renorm
+
+    @renorm.setter
+    def renorm(self, value: _RenormLike) -> None:
+        self._renorm = Renorm.parse(value)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """`activation(normalise(x) + residual)`, in the shape, dtype and memory layout of `x`.
+
+        Args:
+            x: C channels along `channel_dim`.
+            residual: added before the activation; the shape of `x`.
+            mask: broadcastable to `x`; which positions count (booleans), or how much (non-negative
+                weights), in the statistics. All positions are normalised.
+
+        Raises:
+            TypeError: not a tensor, or not floating point.
+            ValueError: a wrong shape, or one value per channel in training.
+        """
+        channel_dim = self._check_input(x, residual, mask)
+        if self.training and mask is None and self._moves_as_torch():
+            y = self._forward_native(x, channel_dim)
+            if y is not None:
+                plain = residual is None and self.activation is None
+                return y if plain else functional.finish(y, self.activation, residual)
+        return self._forward_any(x, residual, mask, channel_dim)
+
+    def _moves_as_torch(self) -> bool:
+        return (
+            self.momentum is not None
+            and self.correction == 1
+            and self.ghost_batch_size is None
+            and self._renorm is None
+            and not self.skip_nonfinite
+        )
+
+    def _forward_native(self, x: Tensor, channel_dim: int) -> Tensor | None:
+        """By torch's operator, which moves the running statistics itself; None where it cannot."""
+        compiling = torch.compiler.is_compiling()
+        weight, mean, var = self.weight, self.running_mean, self.running_var
+        if not native.supports(x, weight, mean) or not (compiling or not under_transform()):
+            return None
+        if running.moves(True, self.track_running_stats):
+            num_batches_tracked = self.num_batches_tracked
+            if num_batches_tracked is not None:
+                num_batches_tracked.add_(1)
+            if mean is not None and var is not None and not compiling:
+                # The operator saves them for a backward that does not read them. Under version counters
+                # of their own, DDP may overwrite the buffers before that backward (pytorch#65907).
+                mean, var = mean.data, var.data
+        else:
+            mean = var = None
+        momentum = 0.0 if self.momentum is None else self.momentum
+        return native.call(x, weight, self.bias, mean, var, True, momentum, self.eps, channel_dim)
+
+    def _forward_any(
+        self, x: Tensor, residual: Tensor | None, mask: Tensor | None, channel_dim: int
+    ) -> Tensor:
+        moves = running.moves(self.training, self.track_running_stats)
+        y, moments = functional.normalize(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            training=self._by_batch(),
+            eps=self.eps,
+            activation=self.activation,
+            residual=residual,
+            mask=mask,
+            ghost_batch_size=self.ghost_batch_size if self.training else None,
+            renorm=self._renorm if self.training else None,
+            channel_dim=channel_dim,
+        )
+        if moves and moments is not None:
+            self._move_statistics(moments)
+        return y
+
+    def _by_batch(self) -> bool:
+        return self.training or (self.running_mean is None and self.running_var is None)
+
+    @torch.no_grad()
+    def _move_statistics(self, moments: Moments) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        mean, var, moved = running.moved(
+            self.running_mean,
+            self.running_var,
+            moments,
+            factor=running.averaging_factor(self.momentum, self.num_batches_tracked, moments.mean.dtype),
+            correction=self.correction,
+            skip_nonfinite=self.skip_nonfinite,
+        )
+        if is_per_example(mean) and not is_per_example(self.running_mean):
+            raise RuntimeError(
+                f"{describe(self)}: under vmap every example has statistics of its own, and the layer's "
+                "buffers hold one. Leave them where they are with bn.hold(model), call bn.batch_norm, which "
+                "returns them, or map over the buffers too (torch.func.functional_call)"
+            )
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(moved)
+
+    def _check_input(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> int:
+        if (
+            # Most inputs are plainly right; seeing it here saves a small layer a tenth of its time.
+            residual is None
+            and mask is None
+            and self.channel_dim == 1
+            and self.ghost_batch_size is None
+            and isinstance(x, Tensor)
+            and x.ndim in self._ranks
+            and x.shape[1] == self.num_features
+            and x.numel() > self.num_features
+            and x.is_floating_point()
+        ):
+            return 1
+        try:
+            self._check_rank(x)
+            channel_dim = functional.check_input(
+                x, self.channel_dim, self._by_batch(), residual, mask, self.ghost_batch_size
+            )
+            if x.shape[channel_dim] != self.num_features:
+                raise ValueError(
+                    f"expected {self.num_features} channels (num_features) along dimension {channel_dim}, "
+                    f"got {x.shape[channel_dim]} in an input of shape {tuple(x.shape)}. Channels elsewhere? "
+                    "Say so with channel_dim"
+                )
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{describe(self)}: {error}") from None
+        return channel_dim
+
+    def _check_rank(self, x: Tensor) -> None:
+        if isinstance(x, Tensor) and x.ndim not in self._ranks:
+            raise ValueError(
+                f"expected {self._expected} input, got {x.ndim}D input of shape {tuple(x.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        changed = [f"{name}={value!r}" for name, value in options.items() if value != _OPTIONS[name]]
+        return ", ".join([super().extra_repr(), *changed])
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    __doc__ = f"(N, C) or (N, C, L) inputs. {inspect.getdoc(_BatchNorm)}"
+    _ranks, _expected = (2, 3), "2D (N, C) or 3D (N, C, L)"
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    __doc__ = f"(N, C, H, W) inputs. {inspect.getdoc(_BatchNorm)}"
+    _ranks, _expected = (4,), "4D (N, C, H, W)"
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    __doc__ = f"(N, C, D, H, W) inputs. {inspect.getdoc(_BatchNorm)}"
+    _ranks, _expected = (5,), "5D (N, C, D, H, W)"
+
+
+class _LazyBatchNorm(_BatchNorm):
+    """Learns `num_features` from its first input, and becomes the class without "Lazy" in its name.
+
+    Same arguments as that class, less `num_features`.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        own = {name: options.pop(name, default) for name, default in _OPTIONS.items()}
+        # Past _BatchNorm, whose first argument is the num_features that is not known yet.
+        super(_BatchNorm, self).__init__(*args, **options)
+        self._set_options(**own)
+
+    def initialize_parameters(
+        self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> None:
+        """Make Parameters and buffers for the channels of `x`."""
+        if self.has_uninitialized_params():  # type: ignore[operator]
+            try:
+                self._check_rank(x)
+                channel_dim = checks.resolve_channel_dim(x, self.channel_dim)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{describe(self)}: {error}") from None
+            super().initialize_parameters(x.movedim(channel_dim, 1))  # type: ignore[misc]
+
+
+class LazyBatchNorm1d(_LazyBatchNorm, nn.LazyBatchNorm1d):
+    __doc__ = inspect.getdoc(_LazyBatchNorm)
+    cls_to_become = BatchNorm1d
+    _ranks, _expected = BatchNorm1d._ranks, BatchNorm1d._expected
+
+
+class LazyBatchNorm2d(_LazyBatchNorm, nn.LazyBatchNorm2d):
+    __doc__ = inspect.getdoc(_LazyBatchNorm)
+    cls_to_become = BatchNorm2d
+    _ranks, _expected = BatchNorm2d._ranks, BatchNorm2d._expected
+
+
+class LazyBatchNorm3d(_LazyBatchNorm, nn.LazyBatchNorm3d):
+    __doc__ = inspect.getdoc(_LazyBatchNorm)
+    cls_to_become = BatchNorm3d
+    _ranks, _expected = BatchNorm3d._ranks, BatchNorm3d._expected

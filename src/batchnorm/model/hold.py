@@ -1,0 +1,33 @@
+"""hold: forward passes that leave the running statistics where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def hold(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, training forwards of `model` normalise by the batch and move no running statistics.
+
+    For the second forward of SAM, a discriminator's look at generated images, a probe. Holds torch.nn's
+    layers and ours; nests; the layers are as before when it ends, also by an exception. Eval mode is not
+    affected.
+
+    Yields:
+        model
+    """
+    tracking = [
+        (layer, layer.track_running_stats) for layer in model.modules() if isinstance(layer, _BatchNorm)
+    ]
+    try:
+        for layer, _ in tracking:
+            # torch's own switch: in training it stops the average, in eval mode it is not looked at.
+            layer.track_running_stats = False
+        yield model
+    finally:
+        for layer, was_tracking in tracking:
+            layer.track_running_stats = was_tracking
