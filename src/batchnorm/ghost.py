@@ -27,6 +27,11 @@ class Part(NamedTuple):
         """The dimensions that statistics are taken over."""
         return tuple(dim for dim in range(self.x.ndim) if dim not in self.axes)
 
+    def stacked(self, count: int, size: int) -> Part:
+        """This batch as `count` virtual batches of `size` samples."""
+        mask = None if self.mask is None else self.mask.unflatten(0, (count, size))
+        return Part(self.x.unflatten(0, (count, size)), mask, (0, self.axes[0] + 1))
+
 
 def each_virtual_batch(
     normalize: Callable[[Part], tuple[Tensor, Moments]],
@@ -48,19 +53,16 @@ def each_virtual_batch(
 
 
 def _split(x: Tensor, mask: Tensor | None, size: int, channel_dim: int) -> list[Part]:
-    full, leftover = divmod(x.shape[0], size)
-    positions = math.prod(x.shape[1:]) // x.shape[channel_dim]
-    if leftover * positions == 1:
+    # Not divmod: torch.compile has none for dynamic sizes.
+    full, leftover = x.shape[0] // size, x.shape[0] % size
+    if leftover == 1 and math.prod(x.shape[1:]) == x.shape[channel_dim]:
         # A value on its own has no variance, so it joins the virtual batch before it.
         full, leftover = full - 1, leftover + size
-    if mask is not None:
-        mask = mask.expand_as(x)
-    parts = []
+    cuts = [cut for cut in (full * size, leftover) if cut]
+    # Not slices: the gradient of a split is one cat, which keeps the memory layout.
+    xs = x.split(cuts)
+    masks = [None] * len(cuts) if mask is None else mask.expand_as(x).split(cuts)
+    parts = [Part(*pair, (channel_dim,)) for pair in zip(xs, masks, strict=True)]
     if full:
-        cut = full * size
-        head = None if mask is None else mask[:cut].unflatten(0, (full, size))
-        parts.append(Part(x[:cut].unflatten(0, (full, size)), head, (0, channel_dim + 1)))
-    if leftover:
-        tail = None if mask is None else mask[-leftover:]
-        parts.append(Part(x[-leftover:], tail, (channel_dim,)))
+        parts[0] = parts[0].stacked(full, size)
     return parts

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import checks, functional, running
-from batchnorm.context import is_per_example, under_transform
+from batchnorm.context import under_transform
 from batchnorm.kernels import native
 from batchnorm.kernels.reference import ACTIVATIONS
 from batchnorm.moments import Moments
@@ -161,6 +161,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 # The operator saves them for a backward that does not read them. Under version counters
                 # of their own, DDP may overwrite the buffers before that backward (pytorch#65907).
                 mean, var = mean.data, var.data
+        elif mean is not None and var is not None and self.track_running_stats:
+            # Run again by a checkpoint: it must save as many tensors as the first time, and move none.
+            mean, var = mean.clone(), var.clone()
         else:
             mean = var = None
         momentum = 0.0 if self.momentum is None else self.momentum
@@ -169,23 +172,29 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def _forward_any(
         self, x: Tensor, residual: Tensor | None, mask: Tensor | None, channel_dim: int
     ) -> Tensor:
-        moves = running.moves(self.training, self.track_running_stats)
-        y, moments = functional.normalize(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            training=self._by_batch(),
-            eps=self.eps,
-            activation=self.activation,
-            residual=residual,
-            mask=mask,
-            ghost_batch_size=self.ghost_batch_size if self.training else None,
-            renorm=self._renorm if self.training else None,
-            channel_dim=channel_dim,
-        )
-        if moves and moments is not None:
+        try:
+            y, moments = functional.normalize(
+                x,
+                self.weight,
+                self.bias,
+                self.running_mean,
+                self.running_var,
+                training=self._by_batch(),
+                eps=self.eps,
+                activation=self.activation,
+                residual=residual,
+                mask=mask,
+                ghost_batch_size=self.ghost_batch_size if self.training else None,
+                renorm=self._renorm if self.training else None,
+                channel_dim=channel_dim,
+            )
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{describe(self)}: {error}") from None
+        if (
+            moments is not None
+            and self.running_mean is not None
+            and running.moves(self.training, self.track_running_stats)
+        ):
             self._move_statistics(moments)
         return y
 
@@ -204,16 +213,19 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             correction=self.correction,
             skip_nonfinite=self.skip_nonfinite,
         )
-        if is_per_example(mean) and not is_per_example(self.running_mean):
+        try:
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(var)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(moved)
+        except RuntimeError as error:
+            if not under_transform():
+                raise
             raise RuntimeError(
-                f"{describe(self)}: under vmap every example has statistics of its own, and the layer's "
-                "buffers hold one. Leave them where they are with bn.hold(model), call bn.batch_norm, which "
-                "returns them, or map over the buffers too (torch.func.functional_call)"
-            )
-        self.running_mean.copy_(mean)
-        self.running_var.copy_(var)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(moved)
+                f"{describe(self)}: a torch.func transform cannot write running statistics into buffers that "
+                "it was not given. Leave them where they are with bn.hold(model), call bn.batch_norm, which "
+                "returns them, or transform over the buffers too (torch.func.functional_call)"
+            ) from error
 
     def _check_input(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> int:
         if (
@@ -232,7 +244,12 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         try:
             self._check_rank(x)
             channel_dim = functional.check_input(
-                x, self.channel_dim, self._by_batch(), residual, mask, self.ghost_batch_size
+                x,
+                self.channel_dim,
+                self._by_batch(),
+                residual,
+                mask,
+                self.ghost_batch_size if self.training else None,
             )
             if x.shape[channel_dim] != self.num_features:
                 raise ValueError(
@@ -287,13 +304,16 @@ class _LazyBatchNorm(_BatchNorm):
         self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
     ) -> None:
         """Make Parameters and buffers for the channels of `x`."""
-        if self.has_uninitialized_params():  # type: ignore[operator]
+        if self.num_features == 0:
             try:
                 self._check_rank(x)
                 channel_dim = checks.resolve_channel_dim(x, self.channel_dim)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{describe(self)}: {error}") from None
             super().initialize_parameters(x.movedim(channel_dim, 1))  # type: ignore[misc]
+            # torch's leaves it at 0 where there is nothing to make, or a checkpoint has made it already.
+            made = [tensor for tensor in (self.weight, self.running_mean) if tensor is not None]
+            self.num_features = made[0].shape[0] if made else x.shape[channel_dim]
 
 
 class LazyBatchNorm1d(_LazyBatchNorm, nn.LazyBatchNorm1d):

@@ -56,7 +56,8 @@ class Moments:
 
         With `d = b.mean - a.mean` and `n = a.count + b.count`:
         `mean = a.mean + d * b.count / n`, `m2 = a.m2 + b.m2 + d**2 * a.count * b.count / n`.
-        Empty moments change nothing.
+        Empty moments change nothing. The result is float64, so that thousands of merges in a row are as
+        exact as one.
         """
         everyone = (self, *others)
         return Moments(
@@ -68,13 +69,15 @@ class Moments:
     def merge_dim(self, dim: int) -> Moments:
         """Merge moments that are stacked along dimension `dim` of `mean`: (K, C) becomes (C,)."""
         counts = self.count.expand_as(self.mean)
+        # In the dtype of the count: a float32 mean would be rounded by every merge of a long series.
+        means, m2 = self.mean.to(counts.dtype), self.m2.to(counts.dtype)
         total = counts.sum(dim, keepdim=True)
-        share = (counts / total.clamp_min(torch.finfo(total.dtype).tiny)).to(self.mean.dtype)
+        share = counts / total.clamp_min(torch.finfo(total.dtype).tiny)
         # Differences from one of the means, so that a common offset costs no digits.
-        origin = self.mean.narrow(dim, 0, 1)
-        mean = origin + (share * (self.mean - origin)).sum(dim, keepdim=True)
-        between = (counts.to(self.mean.dtype) * (self.mean - mean).square()).sum(dim)
-        return Moments(total.squeeze(dim), mean.squeeze(dim), self.m2.sum(dim) + between)
+        origin = means.narrow(dim, 0, 1)
+        mean = origin + (share * (means - origin)).sum(dim, keepdim=True)
+        between = (counts * (means - mean).square()).sum(dim)
+        return Moments(total.squeeze(dim), mean.squeeze(dim), m2.sum(dim) + between)
 
     def var(self, correction: float = 0) -> Tensor:
         """The variance `m2 / (count - correction)`, shape (C,).
@@ -89,7 +92,7 @@ def take(x: Tensor, dims: tuple[int, ...], mask: Tensor | None = None) -> Moment
     """Moments over the dimensions `dims`, unchecked; `mean` has the shape of the dimensions left."""
     values = x.to(statistics_dtype(x))
     if mask is None:
-        size = math.prod(x.shape[dim] for dim in dims)
+        size = math.prod([x.shape[dim] for dim in dims])  # a list: torch.compile takes no generator here
         count = torch.full((), size, dtype=count_dtype(x), device=x.device)
         mean = values.sum(dims, keepdim=True) / max(size, 1)
         centred = values - mean

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
@@ -58,10 +57,10 @@ class Renorm(NamedTuple):
         `r = clip(std / running_std, 1/r_max, r_max)`, `d = clip((mean - running_mean) / running_std,
         -d_max, d_max)`, both constants for the gradient.
         """
-        with torch.no_grad():
-            running_std = (running_var + eps).sqrt().to(scale.dtype)
-            std = (moments.var() + eps).sqrt()
-            r = (std / running_std).clamp(1 / self.r_max, self.r_max)
-            d = ((moments.mean - running_mean) / running_std).clamp(-self.d_max, self.d_max)
+        # detach() holds in forward-mode AD too, where no_grad() lets the tangents through.
+        mean, var = moments.mean.detach(), moments.var().detach()
+        running_std = (running_var.detach().to(scale.dtype) + eps).sqrt()
+        r = ((var + eps).sqrt() / running_std).clamp(1 / self.r_max, self.r_max)
+        d = ((mean - running_mean.detach()) / running_std).clamp(-self.d_max, self.d_max)
         shift_by_d = d if weight is None else d * weight
         return scale * r, (shift_by_d if shift is None else shift + shift_by_d)

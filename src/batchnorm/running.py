@@ -54,6 +54,8 @@ def moved(
         mean and var, shape (C,), in the dtype of the running ones; and whether anything moved, a
         boolean of shape ().
     """
+    # no_grad() alone would let the tangents of forward-mode AD through.
+    running_mean, running_var = running_mean.detach(), running_var.detach()
     counted = moments.count > correction
     if skip_nonfinite:
         counted = counted & torch.isfinite(moments.mean).all() & torch.isfinite(moments.m2).all()
@@ -67,4 +69,5 @@ def moved(
 
 
 def _average(running: Tensor, batch: Tensor, factor: float | Tensor) -> Tensor:
-    return ((1 - factor) * running.to(batch.dtype) + factor * batch.detach()).to(running.dtype)
+    dtype = torch.promote_types(running.dtype, batch.dtype)
+    return ((1 - factor) * running.to(dtype) + factor * batch.detach()).to(running.dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from batchnorm.checks import statistics_dtype
 from batchnorm.moments import Moments, take
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -46,8 +47,10 @@ def inference(
     channel_dim: int,
 ) -> Tensor:
     """`(x - running_mean) / sqrt(running_var + eps) * weight + bias`."""
-    scale, shift = scale_and_shift(running_var, weight, bias, eps)
-    return apply(x, running_mean, scale, shift, (channel_dim,))
+    # A half precision model keeps half precision statistics, in which eps may be nothing.
+    dtype = torch.promote_types(running_var.dtype, statistics_dtype(x))
+    scale, shift = scale_and_shift(running_var.to(dtype), weight, bias, eps)
+    return apply(x, running_mean.to(dtype), scale, shift, (channel_dim,))
 
 
 def scale_and_shift(

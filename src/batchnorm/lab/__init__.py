@@ -1,0 +1,1 @@
+"""The lab: the experiments, from the LeNet tutorial on."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 
 @contextmanager
@@ -19,10 +20,20 @@ def hold(model: nn.Module) -> Iterator[nn.Module]:
 
     Yields:
         model
+
+    Raises:
+        ValueError: a lazy layer has not seen its first input yet.
     """
-    tracking = [
-        (layer, layer.track_running_stats) for layer in model.modules() if isinstance(layer, _BatchNorm)
-    ]
+    tracking = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, _BatchNorm):
+            lazy = isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params()
+            if lazy and layer.track_running_stats:
+                raise ValueError(
+                    f"{type(layer).__name__} {name!r} has no running statistics to hold yet: run one batch "
+                    "through the model first"
+                )
+            tracking.append((layer, layer.track_running_stats))
     try:
         for layer, _ in tracking:
             # torch's own switch: in training it stops the average, in eval mode it is not looked at.

@@ -1,0 +1,297 @@
+"""The `batchnorm` command: a thin layer over the lab."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from batchnorm.kernels.reference import ACTIVATIONS
+from batchnorm.lab import figures
+from batchnorm.lab.compare import Comparison
+from batchnorm.lab.compare import compare as run_comparison
+from batchnorm.lab.data import DATASETS
+from batchnorm.lab.machine import machine_line
+from batchnorm.lab.nets import NORMS
+from batchnorm.lab.recipes import DTYPES, RECIPES, Config, configure
+from batchnorm.lab.run_folder import RunFolder, RunFolderError, default_output, write_atomically
+from batchnorm.lab.train import EpochResult, Training, load_dataset
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="batchnorm",
+    help="Batch normalization done right for PyTorch: the lab's experiments.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False, soft_wrap=True)
+
+
+def _names(choices: Any) -> str:
+    return ", ".join(choices)
+
+
+# Options that `train` and `compare` share; what is not given is decided by the recipe.
+Data = Annotated[str | None, typer.Option(help=f"Data set: {_names(DATASETS)}.  [default: digits]")]
+Recipe = Annotated[str | None, typer.Option(help=f"Recipe: {_names(RECIPES)}.  [default: tutorial]")]
+DataDir = Annotated[
+    str | None,
+    typer.Option(help="Folder with the IDX files.  [default: $BATCHNORM_DATA, else downloaded]"),
+]
+BatchSize = Annotated[int | None, typer.Option(help="Images per step.")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Adam's rate; the peak of one-cycle.")]
+Activation = Annotated[str | None, typer.Option(help=f"Activation: {_names(ACTIVATIONS)}.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the weights and of the shuffling.  [default: 0]")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto.  [default: auto]")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help=f"{_names(DTYPES)}; the half precisions train under autocast.  [default: float32]"),
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.  [default: 1 below batch 64, else all]")]
+TrainSamples = Annotated[int | None, typer.Option(help="Keep so many of the training images.")]
+TestSamples = Annotated[int | None, typer.Option(help="Keep so many of the test images.")]
+
+
+@app.callback()
+def main() -> None:
+    """Batch normalization done right for PyTorch: the lab's experiments."""
+
+
+@app.command()
+def train(
+    data: Data = None,
+    recipe: Recipe = None,
+    norm: Annotated[str | None, typer.Option(help=f"Norm: {_names(NORMS)}.  [default: batchnorm]")] = None,
+    batch_size: BatchSize = None,
+    epochs: Epochs = None,
+    lr: LearningRate = None,
+    activation: Activation = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    train_samples: TrainSamples = None,
+    test_samples: TestSamples = None,
+    tutorial_protocol: Annotated[
+        bool | None,
+        typer.Option(
+            "--tutorial-protocol", help="The tutorial's loss formula, and its test in training mode."
+        ),
+    ] = None,
+    data_dir: DataDir = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for metrics, summary, curves and checkpoint.  [default: in runs/]"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+) -> None:
+    """Train LeNet, by default with batchnorm on scanned digits; resumable at any moment."""
+    options = _given(
+        data=data,
+        recipe=recipe,
+        norm=norm,
+        batch_size=batch_size,
+        epochs=epochs,
+        lr=lr,
+        activation=activation,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        train_samples=train_samples,
+        test_samples=test_samples,
+        tutorial_protocol=tutorial_protocol,
+    )
+    if resume and output is None:
+        raise RunFolderError("--resume needs --output, the folder of the run to go on with")
+    saved = RunFolder.reopen(output).load() if resume and output is not None else None
+    config = configure(**options) if saved is None else saved[0]
+    if saved is not None:
+        _check_same(options, config, output)
+    dataset = load_dataset(config, data_dir)
+    if output is None:
+        output = default_output("train", config.data, config.recipe, config.norm)
+    folder = RunFolder.reopen(output) if resume else RunFolder.create(output)
+    training = Training(config, dataset)
+    if saved is None:
+        folder.save(training)
+    else:
+        folder.restore(training, saved[1])
+    _run(training, folder)
+
+
+def _run(training: Training, folder: RunFolder) -> None:
+    config = training.config
+    out.print(
+        f"LeNet, norm {config.norm}, on {config.data}: {config.recipe} recipe, batch size "
+        f"{config.batch_size}, {config.device}; output in {folder.path}"
+    )
+    for result in training.history:
+        out.print(_epoch_line(config, result), style="dim")
+    try:
+        while not training.finished:
+            with _progress(training.steps_per_epoch, f"epoch {len(training.history) + 1}") as on_steps:
+                result = training.run_epoch(on_steps)
+            folder.save(training, "finished" if training.finished else "running")
+            out.print(_epoch_line(config, result))
+    except KeyboardInterrupt:
+        folder.write_results(training, "interrupted")
+        done = len(training.history)
+        out.print(
+            f"interrupted after {done} of {config.epochs} epochs; go on with: "
+            f"batchnorm train --resume --output {folder.path}"
+        )
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _epoch_line(config: Config, result: EpochResult) -> str:
+    line = (
+        f"epoch {result.epoch}, batch size {config.batch_size}, train loss {result.loss:.6f}, "
+        f"time {result.seconds:.2f} s, accuracy {result.accuracy:.4f}"
+    )
+    if result.accuracy_eval is None:
+        return line
+    return f"{line} (test-batch statistics), {result.accuracy_eval:.4f} (running statistics)"
+
+
+@app.command()
+def compare(
+    norms: Annotated[str, typer.Option(help=f"Comma-separated, of {_names(NORMS)}.")] = ",".join(NORMS),
+    seeds: Annotated[int, typer.Option(help="Runs of each norm, with seeds counted from --seed.")] = 3,
+    data: Data = None,
+    recipe: Recipe = None,
+    batch_size: BatchSize = None,
+    epochs: Epochs = None,
+    lr: LearningRate = None,
+    activation: Activation = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    train_samples: TrainSamples = None,
+    test_samples: TestSamples = None,
+    data_dir: DataDir = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for comparison.json and comparison.png.  [default: in runs/]")
+    ] = None,
+) -> None:
+    """Train with several norms and seeds in turn, and print and plot what each gives."""
+    chosen = [norm.strip() for norm in norms.split(",") if norm.strip()]
+    if not chosen or seeds < 1 or len(set(chosen)) < len(chosen):
+        raise ValueError("compare needs one norm or more, each once, and 1 seed or more")
+    options = _given(
+        data=data,
+        recipe=recipe,
+        batch_size=batch_size,
+        epochs=epochs,
+        lr=lr,
+        activation=activation,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        train_samples=train_samples,
+        test_samples=test_samples,
+    )
+    configs = [configure(norm=norm, **options) for norm in chosen]
+    dataset = load_dataset(configs[0], data_dir)
+    folder = RunFolder.create(
+        default_output("compare", configs[0].data, configs[0].recipe) if output is None else output
+    )
+    steps = configs[0].epochs * seeds * len(chosen) * Training(configs[0], dataset).steps_per_epoch
+    with _progress(steps, f"{len(chosen)} norms, {seeds} seeds") as on_steps:
+        result = run_comparison(configs[0], dataset, chosen, seeds, on_steps)
+    write_atomically(
+        folder.path / "comparison.json", (json.dumps(result.as_dict(), indent=2) + "\n").encode()
+    )
+    write_atomically(folder.path / "comparison.png", figures.comparison(result))
+    out.print(_comparison_table(result))
+    out.print(f"{machine_line()}; mean ± standard deviation over {seeds} seeds; results in {folder.path}")
+
+
+def _comparison_table(result: Comparison) -> Table:
+    config = result.config
+    table = Table(
+        title=f"LeNet on {config.data}, {config.recipe} recipe, batch {config.batch_size}, "
+        f"{config.epochs} epochs"
+    )
+    table.add_column("norm")
+    for heading in (
+        "accuracy,\nrunning statistics",
+        "accuracy,\ntest-batch statistics",
+        "steps/s",
+        "relative\nto torch",
+        "KiB gained per\n100 train steps",
+        "KiB gained per\n100 test steps¹",
+        "graph nodes kept\nper 100 steps",
+    ):
+        table.add_column(heading, justify="right")
+    for row in result.rows:
+        table.add_row(
+            row.norm,
+            str(row.accuracy),
+            str(row.accuracy_by_batch),
+            f"{row.steps_per_second:.0f}",
+            f"{row.relative_speed:.2f}",
+            f"{row.memory.train_kib:.0f}",
+            f"{row.memory.test_kib:.0f}",
+            f"{row.memory.graph_nodes:.0f}",
+        )
+    table.caption = "¹ forwards in training mode without a backward, as the tutorial tests"
+    return table
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; whatever is wrong with the input is one line and 2."""
+    command = typer.main.get_command(app)
+    try:
+        return command(arguments, prog_name="batchnorm", standalone_mode=False) or 0
+    except (ValueError, OSError) as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        # typer ships its own copy of click or uses click's, by version: its errors are told by what they do.
+        if hasattr(error, "format_message"):
+            return _complain(error.format_message())
+        if type(error).__name__ == "Abort":
+            return INTERRUPTED
+        raise
+
+
+def _complain(message: str) -> int:
+    print("batchnorm:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_same(options: dict[str, Any], config: Config, output: Path | None) -> None:
+    for name, value in options.items():
+        saved = getattr(config, name)
+        if value not in (saved, "auto"):
+            raise RunFolderError(
+                f"the run in {output} has {name} {saved}, not {value}: leave the option out to resume it"
+            )
+
+
+@contextmanager
+def _progress(steps: int, what: str) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
+        task = progress.add_task(what, total=steps)
+        yield lambda done: progress.advance(task, done)

@@ -1,0 +1,232 @@
+"""Training a LeNet, from top to bottom: model, optimizer, epoch, test; resumable at every epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from batchnorm.lab.data import Dataset, load
+from batchnorm.lab.nets import LeNet
+from batchnorm.lab.recipes import DTYPES, Config
+from batchnorm.model import hold
+
+_TEST_BATCH = 1000
+_STEPS_PER_REPORT = 20
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """What an epoch gave.
+
+    `loss` is the mean cross entropy over the training samples, and `accuracy` that of the test set in
+    eval mode. Under the tutorial's protocol they are its own instead: the sum of the batches' mean
+    losses divided by (batches * batch size), and the accuracy in training mode, each test batch
+    normalised by itself; the usual two are then `mean_loss` and `accuracy_eval`.
+    `seconds` is the time of the training part.
+    """
+
+    epoch: int
+    loss: float
+    accuracy: float
+    seconds: float
+    mean_loss: float | None = None
+    accuracy_eval: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that have a value."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+class Training:
+    """A model in training on data that is held in memory, on the device.
+
+    Args:
+        config: see `recipes.configure`.
+        dataset: to train on instead of the one that config names.
+
+    Attributes:
+        model, history: the LeNet, and an EpochResult per epoch so far.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset) -> None:
+        self.config = config
+        torch.set_num_threads(config.threads)
+        self.device = torch.device(config.device)
+        dtype = DTYPES[config.dtype]
+        self.autocast = dtype in (torch.bfloat16, torch.float16)
+        self.dataset = dataset.to(self.device, torch.float32 if self.autocast else dtype)
+
+        torch.manual_seed(config.seed)
+        self.model = LeNet(config.norm, config.activation).to(self.device, self.dataset.train_images.dtype)
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=fused)
+        self.schedule = self._make_schedule()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.shuffling = torch.Generator().manual_seed(config.seed)
+        self.history: list[EpochResult] = []
+
+    def _make_schedule(self) -> torch.optim.lr_scheduler.OneCycleLR | None:
+        if self.config.schedule == "constant":
+            return None
+        steps = self.config.epochs * self.steps_per_epoch
+        return torch.optim.lr_scheduler.OneCycleLR(self.optimizer, self.config.lr, total_steps=steps)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all the epochs are done."""
+        return len(self.history) >= self.config.epochs
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch; a single leftover sample is no batch, since it has no variance."""
+        whole, leftover = divmod(len(self.dataset.train_labels), self.config.batch_size)
+        return whole + (leftover > 1)
+
+    def run_epoch(self, on_steps: Callable[[int], None] = lambda steps: None) -> EpochResult:
+        """Train for an epoch and test. `on_steps` is told now and then how many steps were done."""
+        start = time.perf_counter()
+        losses = self._train(on_steps)
+        seconds = time.perf_counter() - start
+        result = self._summarize(losses, seconds)
+        self.history.append(result)
+        return result
+
+    def _train(self, on_steps: Callable[[int], None]) -> Losses:
+        self.model.train()
+        losses = Losses(self.device)
+        steps = 0
+        for images, labels in self._batches():
+            with (
+                torch.autocast(self.device.type, DTYPES[self.config.dtype])
+                if self.autocast
+                else nullcontext()
+            ):
+                loss = F.cross_entropy(self.model(images), labels)
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.schedule is not None:
+                self.schedule.step()
+            losses.add(loss.detach(), len(labels))
+            steps += 1
+            if steps % _STEPS_PER_REPORT == 0:
+                on_steps(_STEPS_PER_REPORT)
+        on_steps(steps % _STEPS_PER_REPORT)
+        return losses
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        data, size = self.dataset, self.config.batch_size
+        order = torch.randperm(len(data.train_labels), generator=self.shuffling).to(self.device)
+        # Shuffled once per epoch, so that a batch is a view: no worker processes, no copy per step.
+        images, labels = data.train_images[order], data.train_labels[order]
+        for step in range(self.steps_per_epoch):
+            batch = slice(step * size, (step + 1) * size)
+            yield images[batch], labels[batch]
+
+    def _summarize(self, losses: Losses, seconds: float) -> EpochResult:
+        epoch, config = len(self.history) + 1, self.config
+        accuracy = test_accuracy(self.model, self.dataset)
+        if not config.tutorial_protocol:
+            return EpochResult(epoch, losses.mean(), accuracy, seconds)
+        return EpochResult(
+            epoch,
+            losses.tutorial(config.batch_size),
+            test_accuracy_by_batch(self.model, self.dataset, config.batch_size),
+            seconds,
+            mean_loss=losses.mean(),
+            accuracy_eval=accuracy,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on: plain values and tensors, loadable with `weights_only=True`."""
+        return {
+            "history": [result.as_dict() for result in self.history],
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "shuffling": self.shuffling.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict()`; on the CPU with exactly the numbers of an uninterrupted run."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.shuffling.set_state(state["shuffling"])
+        self.history = [EpochResult(**result) for result in state["history"]]
+
+
+class Losses:
+    """The losses of an epoch, summed on the device so that no step waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.of_samples = torch.zeros((), device=device)
+        self.of_batches = torch.zeros((), device=device)
+        self.samples = 0
+        self.batches = 0
+
+    def add(self, loss: Tensor, samples: int) -> None:
+        """Add a batch's mean loss."""
+        self.of_samples += loss * samples
+        self.of_batches += loss
+        self.samples += samples
+        self.batches += 1
+
+    def mean(self) -> float:
+        """Per sample."""
+        return self.of_samples.item() / self.samples
+
+    def tutorial(self, batch_size: int) -> float:
+        """As the tutorial divides it: a mean over the batch, once more divided by the batch size."""
+        return self.of_batches.item() / (self.batches * batch_size)
+
+
+def load_dataset(config: Config, data_dir: str | None = None) -> Dataset:
+    """The data set of a configuration, cut and standardized as it says."""
+    dataset = load(config.data, data_dir)
+    if config.train_samples is not None or config.test_samples is not None:
+        train, test = len(dataset.train_labels), len(dataset.test_labels)
+        dataset = dataset.head(
+            train if config.train_samples is None else config.train_samples,
+            test if config.test_samples is None else config.test_samples,
+        )
+    return dataset.standardized() if config.standardize else dataset
+
+
+@torch.inference_mode()
+def test_accuracy(model: nn.Module, dataset: Dataset) -> float:
+    """Share of the test set that is classified right in eval mode, by the running statistics."""
+    model.eval()
+    return _accuracy(model, dataset, _TEST_BATCH)
+
+
+def test_accuracy_by_batch(model: nn.Module, dataset: Dataset, batch_size: int) -> float:
+    """The same in training mode, as the tutorial tests: each test batch normalised by itself.
+
+    As there, autograd records the passes; the hand-written layer keeps what they record. A single
+    leftover sample is classified by the running statistics.
+    """
+    model.train()
+    with hold(model):
+        return _accuracy(model, dataset, batch_size)
+
+
+def _accuracy(model: nn.Module, dataset: Dataset, batch_size: int) -> float:
+    images, labels = dataset.test_images.split(batch_size), dataset.test_labels.split(batch_size)
+    right = torch.zeros((), dtype=torch.int64, device=dataset.test_labels.device)
+    for batch, wanted in zip(images, labels, strict=True):
+        if len(wanted) == 1:
+            model.eval()
+        right += (model(batch).argmax(1) == wanted).sum()
+    return right.item() / len(dataset.test_labels)
