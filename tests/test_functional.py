@@ -106,7 +106,9 @@ def test_as_torch(shape, dtype, training, kernel):
                 x = (torch.randn(shape) * 2 + 1).to(dtype).requires_grad_()
                 leaves = [x, weight.requires_grad_(), bias.requires_grad_()] if affine else [x]
                 exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-                expected_mean, expected_var = (mean.double(), var.double()) if tracked else (None, None)
+                expected_mean, expected_var = None, None
+                if tracked:
+                    expected_mean, expected_var = mean.double().clone(), var.double().clone()
                 expected = F.batch_norm(
                     exact[0],
                     expected_mean,
@@ -178,11 +180,11 @@ def test_any_channel_dim_is_a_movedim(channel_dim, training, kernel):
     close(moved.grad, x.grad.movedim(1, channel_dim))
 
 
-@pytest.mark.parametrize("channel_dim", [0, 1, -1])
-@pytest.mark.parametrize("name", ["mask", "ghost", "renorm", "relu"])
+@pytest.mark.parametrize(
+    ("name", "channel_dim"),
+    [("ghost", -1), *((name, dim) for name in ("mask", "renorm", "relu") for dim in (0, 1, -1))],
+)
 def test_any_channel_dim_with_options(name, channel_dim):
-    if name == "ghost" and channel_dim == 0:
-        pytest.skip("ghost batches are along dimension 0")
     x, tensors = torch.randn(6, 3, 5, dtype=torch.float64), parameters(torch.float64)
     options = case(name, x)
     expected = batch_norm(x, *tensors, **options)
@@ -248,7 +250,8 @@ def test_nan_and_inf_go_where_they_go_in_torch(bad, training, kernel):
 def test_a_constant_channel(kernel):
     x = torch.full((8, 3, 4), 7.0)
     y, _, var = batch_norm(x, None, torch.ones(3), torch.zeros(3), torch.ones(3), momentum=1.0)
-    assert (y == 1).all()
+    # torch's kernel folds the mean into the offset: 7 / sqrt(eps) is rounded twice.
+    assert (y - 1).abs().max() <= (0 if kernel is reference else 7 / math.sqrt(1e-5) * 2**-23)
     assert (var == 0).all()
 
 
@@ -260,11 +263,11 @@ def test_nothing_is_written_into(name, kernel):
     x = torch.randn(6, 3, 4)
     options = case(name, x)
     inputs = [x, *parameters(), *(value for value in options.values() if isinstance(value, torch.Tensor))]
-    before = [tensor.clone() for tensor in inputs]
+    before = [(tensor.clone(), tensor._version) for tensor in inputs]
     outputs = batch_norm(*inputs[:5], **options)
-    for tensor, values in zip(inputs, before, strict=True):
+    for tensor, (values, version) in zip(inputs, before, strict=True):
         assert torch.equal(tensor, values)
-        assert tensor._version == 0
+        assert tensor._version == version
     assert outputs[0].data_ptr() != x.data_ptr()
 
 
@@ -359,7 +362,7 @@ def test_a_mask_is_compacted_data(shape, dtype):
     mask = torch.rand(shape[0], 1, *shape[2:]) > 0.4
     keep = mask.movedim(1, -1).squeeze(-1)
     exact = x.detach().double().requires_grad_()
-    expected_mean, expected_var = mean.double(), var.double()
+    expected_mean, expected_var = mean.double().clone(), var.double().clone()
     expected = F.batch_norm(
         exact.movedim(1, -1)[keep], expected_mean, expected_var, weight.double(), bias.double(), training=True
     )
@@ -512,11 +515,8 @@ def test_strided_and_expanded_inputs(name, kernel):
         tensors = parameters(torch.float64)
         options = case(name, x)
         strided = batch_norm(x, *tensors, **options)
-        for actual, expected in zip(
-            strided,
-            batch_norm(x.clone(memory_format=torch.contiguous_format), *tensors, **options),
-            strict=True,
-        ):
+        contiguous = batch_norm(x.clone(memory_format=torch.contiguous_format), *tensors, **options)
+        for actual, expected in zip(strided, contiguous, strict=True):
             close(actual, expected)
 
 
@@ -633,7 +633,7 @@ def test_gradcheck(name, kernel):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck_of_activations(activation, kernel):
+def test_gradcheck_of_activations(activation):
     x = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
     residual = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
 
@@ -641,7 +641,8 @@ def test_gradcheck_of_activations(activation, kernel):
         return batch_norm(x, eps=LOOSE, activation=activation, residual=residual)[0]
 
     assert gradcheck(function, (x, residual), check_forward_ad=True)
-    assert gradgradcheck(function, (x, residual))
+    if activation != "hardsigmoid":  # torch has no second derivative of it
+        assert gradgradcheck(function, (x, residual))
 
 
 def test_gradcheck_by_running_statistics():
@@ -652,7 +653,7 @@ def test_gradcheck_by_running_statistics():
     def function(x, *tensors):
         return batch_norm(x, *tensors, training=False)[0]
 
-    assert gradcheck(function, (x, *tensors), check_forward_ad=True)
+    assert gradcheck(function, (x, *tensors))
     assert gradgradcheck(function, (x, *tensors))
 
 
@@ -693,11 +694,13 @@ def loss_of(x, tensors, options):
 def test_func_grad(name):
     x, tensors = torch.randn(6, 3, 4, dtype=torch.float64), parameters(torch.float64)
     options = case(name, x)
-    actual = torch.func.grad(
-        lambda *leaves: loss_of(leaves[0], [*leaves[1:], *tensors[2:]], options), (0, 1, 2)
-    )(x, *tensors[:2])
+
+    def loss(x, weight, bias):
+        return loss_of(x, (weight, bias, *tensors[2:]), options)
+
     leaves = [tensor.clone().requires_grad_() for tensor in (x, *tensors[:2])]
-    expected = torch.autograd.grad(loss_of(leaves[0], [*leaves[1:], *tensors[2:]], options), leaves)
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    actual = torch.func.grad(loss, (0, 1, 2))(x, *tensors[:2])
     for a, b in zip(actual, expected, strict=True):
         close(a, b)
 
@@ -739,13 +742,12 @@ def test_vmap_in_training_mode_is_a_loop(name):
 def test_vmap_over_an_ensemble(name):
     # Parameters and statistics of their own for each model, and one input for all.
     x = torch.randn(6, 3, 2, dtype=torch.float64)
-    tensors = [
-        torch.stack(pair) for pair in zip(parameters(torch.float64), parameters(torch.float64), strict=True)
-    ]
+    models = [parameters(torch.float64) for _ in range(2)]
+    tensors = [torch.stack(tensor) for tensor in zip(*models, strict=True)]
     options = case(name, x)
     stacked = torch.vmap(lambda *tensors: batch_norm(x, *tensors, **options))(*tensors)
     for i in range(2):
-        for actual, expected in zip(stacked, batch_norm(x, *(t[i] for t in tensors), **options), strict=True):
+        for actual, expected in zip(stacked, batch_norm(x, *models[i], **options), strict=True):
             close(actual[i], expected)
 
 
@@ -814,7 +816,7 @@ def test_compile_with_dynamic_shapes(name):
         return batch_norm(x, *tensors, **options)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
-    for samples, length in ((7, 4), (8, 5), (12, 6)):
+    for samples, length in ((7, 4), (10, 5), (13, 6)):
         x = torch.randn(samples, 3, length, dtype=torch.float64)
         options = case(name, x)
         for actual, expected in zip(compiled(x, options), function(x, options), strict=True):
@@ -955,15 +957,17 @@ def test_running_statistics_go_together():
 
 def test_a_bad_option_is_refused_in_eval_too():
     x, tensors = torch.randn(4, 3), parameters()
-    for options in (
-        {"eps": 0},
-        {"momentum": 2},
-        {"activation": "no"},
-        {"ghost_batch_size": 0},
-        {"renorm": "no"},
-    ):
-        with pytest.raises(ValueError, match=rf"{next(iter(options))}"):
-            batch_norm(x, *tensors, training=False, **options)
+    bad = {
+        "eps": 0,
+        "momentum": 2,
+        "correction": -1,
+        "activation": "no",
+        "ghost_batch_size": 0,
+        "renorm": "no",
+    }
+    for option, value in bad.items():
+        with pytest.raises(ValueError, match=option):
+            batch_norm(x, *tensors, training=False, **{option: value})
 
 
 def test_what_only_training_needs_is_not_asked_for_in_eval():

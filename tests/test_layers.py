@@ -8,6 +8,7 @@ import itertools
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import psutil
@@ -171,7 +172,12 @@ def assert_same(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("shape", "layout"), INPUTS)
 def test_a_sequence_of_calls_equals_torch_nn(
-    shape: str, layout: str, dtype: torch.dtype, momentum: float | None, affine: bool, track_running_stats: bool
+    shape: str,
+    layout: str,
+    dtype: torch.dtype,
+    momentum: float | None,
+    affine: bool,
+    track_running_stats: bool,
 ) -> None:
     rank, size = SHAPES[shape]
     theirs, ours = twins(
@@ -501,8 +507,12 @@ def test_repr_is_torch_nns_and_adds_what_was_changed(rank: str) -> None:
     assert repr(our_class(C, momentum=None)) == repr(torch_class(C, momentum=None))
     text = repr(our_class(C, activation="relu", ghost_batch_size=8, renorm=(2, 1), channel_dim=-1))
     assert text.startswith(repr(torch_class(C))[:-1])
-    assert text.endswith("activation='relu', ghost_batch_size=8, renorm=Renorm(r_max=2, d_max=1), channel_dim=-1)")
-    assert repr(our_class(C, correction=0, skip_nonfinite=True)).endswith("correction=0, skip_nonfinite=True)")
+    assert text.endswith(
+        "activation='relu', ghost_batch_size=8, renorm=Renorm(r_max=2, d_max=1), channel_dim=-1)"
+    )
+    assert repr(our_class(C, correction=0, skip_nonfinite=True)).endswith(
+        "correction=0, skip_nonfinite=True)"
+    )
 
 
 # ---------------------------------------------------------------------------- options
@@ -616,7 +626,9 @@ def test_whole_weights_are_repetitions() -> None:
     weights = torch.tensor([2, 1, 3, 1, 0, 2])
     x = batch((6, C), dtype=torch.float64)
     y = ours(x, mask=weights[:, None])
-    assert_close(y[weights > 0].repeat_interleave(weights[weights > 0], 0), theirs(x.repeat_interleave(weights, 0)))
+    assert_close(
+        y[weights > 0].repeat_interleave(weights[weights > 0], 0), theirs(x.repeat_interleave(weights, 0))
+    )
     assert_same(state(ours), state(theirs))
 
 
@@ -632,7 +644,9 @@ def test_ghost_batches_are_normalised_by_themselves(size: int, shape: tuple[int,
     whole(x)
 
     def each(layer: nn.Module, x: Tensor) -> Tensor:
-        return torch.cat([F.batch_norm(part, None, None, layer.weight, layer.bias, True) for part in x.split(size)])
+        return torch.cat(
+            [F.batch_norm(part, None, None, layer.weight, layer.bias, True) for part in x.split(size)]
+        )
 
     wanted = run_function(theirs, each, x)
     assert_same({name: got[name] for name in wanted}, wanted)
@@ -688,7 +702,7 @@ def test_renorm_is_the_papers_algorithm_and_may_be_set_as_training_goes_on(affin
         ours.renorm = (r_max, d_max)
         assert ours.renorm == bn.Renorm(r_max, d_max)
         x = batch((6, C), seed=step, dtype=torch.float64)
-        wanted = run_function(plain, lambda layer, x: renormed(layer, x, r_max, d_max), x)
+        wanted = run_function(plain, partial(renormed, r_max=r_max, d_max=d_max), x)
         got = run(ours, x)
         assert_same({name: got[name] for name in wanted}, wanted)
         plain(x)  # moves torch.nn's running statistics, as plain batch norm would
@@ -765,7 +779,9 @@ def test_correction_is_of_the_running_variance_alone(correction: float, momentum
 
 
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
-@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"ghost_batch_size": 2}, {"renorm": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": None}, {"ghost_batch_size": 2}, {"renorm": True}], ids=str
+)
 def test_skip_nonfinite_leaves_everything_alone_for_that_batch(bad: float, options: dict[str, Any]) -> None:
     layer = bn.BatchNorm1d(C, skip_nonfinite=True, **options)
     twin = bn.BatchNorm1d(C, **options)
@@ -809,11 +825,11 @@ def test_eval_mode_with_an_option_is_plain_eval_mode(options: dict[str, Any], si
     assert_same(state(ours), state(theirs), SAME)
 
 
-@pytest.mark.parametrize("options", [{}, {"ghost_batch_size": 1}, {"ghost_batch_size": 4}, {"activation": "silu"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"ghost_batch_size": 1}, {"ghost_batch_size": 4}, {"activation": "silu"}], ids=str
+)
 def test_eval_mode_without_statistics_is_by_the_whole_batch(options: dict[str, Any]) -> None:
-    theirs, ours = twins(
-        "1d", theirs={"track_running_stats": False}, track_running_stats=False, **options
-    )
+    theirs, ours = twins("1d", theirs={"track_running_stats": False}, track_running_stats=False, **options)
     activation = ACTIVATION_MODULES.get(options.get("activation"), nn.Identity())
     x = batch((8, C))
     assert_close(ours.eval()(x), activation(theirs.eval()(x)))
@@ -832,7 +848,7 @@ CALLS = {
 def test_a_layer_is_the_pure_function_with_memory(options: dict[str, Any], call: tuple[str, ...]) -> None:
     layer = bn.BatchNorm1d(C, **options)
     randomize(layer)
-    mean, var, seen = layer.running_mean.clone(), layer.running_var.clone(), 0
+    mean, var = layer.running_mean.clone(), layer.running_var.clone()
     for step in range(3):
         x = batch((8, C, 5), seed=step)
         mask = torch.rand(8, 1, 5, generator=torch.Generator().manual_seed(step)) < 0.8
@@ -844,15 +860,14 @@ def test_a_layer_is_the_pure_function_with_memory(options: dict[str, Any], call:
             layer.bias,
             mean,
             var,
-            num_batches_tracked=seen,
+            num_batches_tracked=step,
             **{"momentum": 0.1, **options},
             **inputs,
         )
         assert_close(layer(x, **inputs), wanted)
         assert_close(layer.running_mean, mean)
         assert_close(layer.running_var, var)
-        seen += 1
-        assert layer.num_batches_tracked == seen
+        assert layer.num_batches_tracked == step + 1
 
 
 @pytest.mark.parametrize("momentum", [0.25, None])
@@ -1187,34 +1202,103 @@ class Net(nn.Module):
         return self.features.block[1](*args, **inputs)
 
 
-HALF_MASK = torch.tensor([[True], [False], [False], [False]])
-BAD_INPUTS = {
-    "rank of 1d": (bn.BatchNorm1d, {}, (torch.zeros(4, C, 2, 2),), ValueError, "expected 2D (N, C) or 3D (N, C, L) input, got 4D input of shape (4, 3, 2, 2)"),
-    "rank of 2d": (bn.BatchNorm2d, {}, (torch.zeros(4, C),), ValueError, "expected 4D (N, C, H, W) input, got 2D input of shape (4, 3)"),
-    "rank of 3d": (bn.BatchNorm3d, {}, (torch.zeros(4, C, 2, 2),), ValueError, "expected 5D (N, C, D, H, W) input, got 4D input of shape (4, 3, 2, 2)"),
-    "no batch": (bn.BatchNorm1d, {}, (torch.zeros(C),), ValueError, "got 1D input of shape (3,)"),
-    "channels": (bn.BatchNorm2d, {}, (torch.zeros(4, 5, 2, 2),), ValueError, "expected 3 channels (num_features) along dimension 1, got 5 in an input of shape (4, 5, 2, 2). Channels elsewhere? Say so with channel_dim"),
-    "channels last": (bn.BatchNorm1d, {"channel_dim": -1}, (torch.zeros(4, C, 5),), ValueError, "expected 3 channels (num_features) along dimension 2, got 5"),
-    "one value": (bn.BatchNorm1d, {}, (torch.zeros(1, C),), ValueError, "Expected more than 1 value per channel when training, got an input of shape (1, 3): its variance would be 0. Use a larger batch, drop the last incomplete one with DataLoader(..., drop_last=True), or call eval()"),
-    "one value, channels last": (bn.BatchNorm2d, {"channel_dim": -1}, (torch.zeros(1, 1, 1, C),), ValueError, "Expected more than 1 value per channel when training"),
-    "one value in a ghost batch": (bn.BatchNorm1d, {"ghost_batch_size": 1}, (torch.zeros(4, C),), ValueError, "got an input of shape (4, 3) with ghost_batch_size=1"),
-    "integers": (bn.BatchNorm1d, {}, (torch.zeros(4, C, dtype=torch.int64),), TypeError, "expected a float64, float32, bfloat16 or float16 tensor, got torch.int64: convert it first"),
-    "complex": (bn.BatchNorm1d, {}, (torch.zeros(4, C, dtype=torch.complex64),), TypeError, "got torch.complex64"),
-    "float8": (bn.BatchNorm1d, {}, (torch.zeros(4, C).to(torch.float8_e5m2),), TypeError, "got torch.float8_e5m2"),
-    "None": (bn.BatchNorm1d, {}, (None,), TypeError, "expected a torch.Tensor, got NoneType"),
-    "a list": (bn.BatchNorm1d, {}, ([[1.0, 2.0, 3.0]] * 4,), TypeError, "expected a torch.Tensor, got list: wrap it in torch.as_tensor"),
-    "residual": (bn.BatchNorm1d, {}, (torch.zeros(4, C), torch.zeros(4, 1)), ValueError, "residual has shape (4, 1), expected the input's own, (4, 3): project the shortcut"),
-    "residual type": (bn.BatchNorm1d, {}, (torch.zeros(4, C), 1.0), TypeError, "expected residual to be a torch.Tensor, got float"),
-    "mask": (bn.BatchNorm1d, {}, (torch.zeros(4, C, 2), None, torch.ones(4, 2)), ValueError, "mask of shape (4, 2) does not broadcast to the input's (4, 3, 2): give it the input's rank"),
-    "mask type": (bn.BatchNorm1d, {}, (torch.zeros(4, C), None, [1]), TypeError, "expected mask to be a torch.Tensor, got list"),
-    "negative mask": (bn.BatchNorm1d, {}, (torch.zeros(4, C), None, torch.tensor([[1.0], [-1.0], [1.0], [1.0]])), ValueError, "got a negative or NaN weight"),
-    "empty mask": (bn.BatchNorm1d, {}, (torch.zeros(4, C), None, torch.zeros(4, 1)), ValueError, "the mask of shape (4, 1) is empty"),
-    "mask of one": (bn.BatchNorm1d, {}, (torch.zeros(4, C), None, HALF_MASK), ValueError, "the mask of shape (4, 1) leaves a channel one"),
-    "no channel dim": (bn.BatchNorm1d, {"channel_dim": 2}, (torch.zeros(4, C),), ValueError, "channel_dim=2 is no dimension of an input of shape (4, 3)"),
-}  # fmt: skip
+ZEROS = torch.zeros(4, C)
+DTYPES = "expected a float64, float32, bfloat16 or float16 tensor, got "
+ONE_VALUE = "Expected more than 1 value per channel when training, got an input of shape "
+WEIGHTS = torch.tensor([[1.0], [-1.0], [1.0], [1.0]])
+
+# What it is -> (class, options, inputs, error, part of the message).
+BAD_INPUTS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple, type[Exception], str]] = {
+    "rank of 1d": (
+        *(bn.BatchNorm1d, {}, (torch.zeros(4, C, 2, 2),), ValueError),
+        "expected 2D (N, C) or 3D (N, C, L) input, got 4D input of shape (4, 3, 2, 2)",
+    ),
+    "rank of 2d": (
+        *(bn.BatchNorm2d, {}, (ZEROS,), ValueError),
+        "expected 4D (N, C, H, W) input, got 2D input of shape (4, 3)",
+    ),
+    "rank of 3d": (
+        *(bn.BatchNorm3d, {}, (torch.zeros(4, C, 2, 2),), ValueError),
+        "expected 5D (N, C, D, H, W) input, got 4D input of shape (4, 3, 2, 2)",
+    ),
+    "no batch": (
+        *(bn.BatchNorm1d, {}, (torch.zeros(C),), ValueError),
+        "got 1D input of shape (3,)",
+    ),
+    "channels": (
+        *(bn.BatchNorm2d, {}, (torch.zeros(4, 5, 2, 2),), ValueError),
+        "expected 3 channels (num_features) along dimension 1, got 5 in an input of shape (4, 5, 2, 2). "
+        "Channels elsewhere? Say so with channel_dim",
+    ),
+    "channels, channels last": (
+        *(bn.BatchNorm1d, {"channel_dim": -1}, (torch.zeros(4, C, 5),), ValueError),
+        "expected 3 channels (num_features) along dimension 2, got 5",
+    ),
+    "no channel dim": (
+        *(bn.BatchNorm1d, {"channel_dim": 2}, (ZEROS,), ValueError),
+        "channel_dim=2 is no dimension of an input of shape (4, 3)",
+    ),
+    "one value": (
+        *(bn.BatchNorm1d, {}, (torch.zeros(1, C),), ValueError),
+        f"{ONE_VALUE}(1, 3): its variance would be 0. Use a larger batch, drop the last incomplete one with "
+        "DataLoader(..., drop_last=True), or call eval()",
+    ),
+    "one value, channels last": (
+        *(bn.BatchNorm2d, {"channel_dim": -1}, (torch.zeros(1, 1, 1, C),), ValueError),
+        f"{ONE_VALUE}(1, 1, 1, 3)",
+    ),
+    "one value in a ghost batch": (
+        *(bn.BatchNorm1d, {"ghost_batch_size": 1}, (ZEROS,), ValueError),
+        f"{ONE_VALUE}(4, 3) with ghost_batch_size=1",
+    ),
+    "integers": (
+        *(bn.BatchNorm1d, {}, (ZEROS.long(),), TypeError),
+        f"{DTYPES}torch.int64: convert it first, for example x.float()",
+    ),
+    "complex": (*(bn.BatchNorm1d, {}, (ZEROS.cfloat(),), TypeError), f"{DTYPES}torch.complex64"),
+    "float8": (
+        *(bn.BatchNorm1d, {}, (ZEROS.to(torch.float8_e5m2),), TypeError),
+        f"{DTYPES}torch.float8_e5m2",
+    ),
+    "None": (*(bn.BatchNorm1d, {}, (None,), TypeError), "expected a torch.Tensor, got NoneType"),
+    "a list": (
+        *(bn.BatchNorm1d, {}, ([[1.0, 2.0, 3.0]] * 4,), TypeError),
+        "expected a torch.Tensor, got list: wrap it in torch.as_tensor",
+    ),
+    "residual": (
+        *(bn.BatchNorm1d, {}, (ZEROS, torch.zeros(4, 1)), ValueError),
+        "residual has shape (4, 1), expected the input's own, (4, 3): project the shortcut",
+    ),
+    "residual type": (
+        *(bn.BatchNorm1d, {}, (ZEROS, 1.0), TypeError),
+        "expected residual to be a torch.Tensor, got float",
+    ),
+    "mask": (
+        *(bn.BatchNorm1d, {}, (torch.zeros(4, C, 2), None, torch.ones(4, 2)), ValueError),
+        "mask of shape (4, 2) does not broadcast to the input's (4, 3, 2): give it the input's rank",
+    ),
+    "mask type": (
+        *(bn.BatchNorm1d, {}, (ZEROS, None, [1]), TypeError),
+        "expected mask to be a torch.Tensor, got list",
+    ),
+    "negative mask": (
+        *(bn.BatchNorm1d, {}, (ZEROS, None, WEIGHTS), ValueError),
+        "got a negative or NaN weight",
+    ),
+    "empty mask": (
+        *(bn.BatchNorm1d, {}, (ZEROS, None, torch.zeros(4, 1)), ValueError),
+        "the mask of shape (4, 1) is empty",
+    ),
+    "mask of one": (
+        *(bn.BatchNorm1d, {}, (ZEROS, None, torch.eye(4)[:, :1].bool()), ValueError),
+        "the mask of shape (4, 1) leaves a channel one",
+    ),
+}
 
 
-@pytest.mark.parametrize(("cls", "options", "inputs", "error", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
+@pytest.mark.parametrize(
+    ("cls", "options", "inputs", "error", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS
+)
 def test_a_bad_input_is_named_with_the_layer_and_the_remedy(
     cls: type[nn.Module], options: dict[str, Any], inputs: tuple, error: type[Exception], message: str
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -144,10 +145,10 @@ def _run(training: Training, folder: RunFolder) -> None:
         while not training.finished:
             with _progress(training.steps_per_epoch, f"epoch {len(training.history) + 1}") as on_steps:
                 result = training.run_epoch(on_steps)
-            folder.save(training, "finished" if training.finished else "running")
+            folder.save(training)
             out.print(_epoch_line(config, result))
     except KeyboardInterrupt:
-        folder.write_results(training, "interrupted")
+        folder.write_results(training, interrupted=True)
         done = len(training.history)
         out.print(
             f"interrupted after {done} of {config.epochs} epochs; go on with: "
@@ -225,31 +226,31 @@ def _comparison_table(result: Comparison) -> Table:
     config = result.config
     table = Table(
         title=f"LeNet on {config.data}, {config.recipe} recipe, batch {config.batch_size}, "
-        f"{config.epochs} epochs"
+        f"{config.epochs} epochs",
+        caption="¹ forwards in training mode without a backward, as the tutorial tests",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
     )
-    table.add_column("norm")
+    table.add_column("\n\nnorm", no_wrap=True)
     for heading in (
-        "accuracy,\nrunning statistics",
-        "accuracy,\ntest-batch statistics",
-        "steps/s",
-        "relative\nto torch",
-        "KiB gained per\n100 train steps",
-        "KiB gained per\n100 test steps¹",
-        "graph nodes kept\nper 100 steps",
+        "accuracy,\nrunning\nstatistics",
+        "accuracy,\ntest-batch\nstatistics",
+        "steps/s\nvs\ntorch",
+        "KiB/100\ntrain\nsteps",
+        "KiB/100\ntest\nsteps¹",
+        "nodes/\n100\nsteps",
     ):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in result.rows:
         table.add_row(
             row.norm,
             str(row.accuracy),
             str(row.accuracy_by_batch),
-            f"{row.steps_per_second:.0f}",
             f"{row.relative_speed:.2f}",
             f"{row.memory.train_kib:.0f}",
             f"{row.memory.test_kib:.0f}",
             f"{row.memory.graph_nodes:.0f}",
         )
-    table.caption = "¹ forwards in training mode without a backward, as the tutorial tests"
     return table
 
 

@@ -148,6 +148,8 @@ def normalize(
         if running_mean is None or running_var is None:
             raise ValueError("training=False normalises by running_mean and running_var: pass both")
         kernel = choose(x, weight, bias, running_mean, running_var)
+        if running_mean.requires_grad or running_var.requires_grad:
+            kernel = reference  # the only one that is differentiable in them
         y = kernel.inference(x, running_mean, running_var, weight, bias, eps=eps, channel_dim=channel_dim)
         return finish(y, activation, residual), None
     if mask is None and renorm is None and (ghost_batch_size is None or ghost_batch_size >= x.shape[0]):

@@ -20,7 +20,7 @@ class Moments:
     Attributes:
         count: values per channel, float64, shape () when every channel has as many, else (C,). With
             weights it is their sum.
-        mean: shape (C,).
+        mean: shape (C,), float64: a mean far from 0 that was rounded to float32 would spoil a merge.
         m2: shape (C,), sum of squared deviations from `mean`.
     """
 
@@ -33,8 +33,8 @@ class Moments:
         """Take the moments of `x` over every dimension but `channel_dim`; differentiable.
 
         `mean = sum(w*x) / sum(w)`, `m2 = sum(w * (x - mean)**2)`, two passes, the second one corrected
-        for the rounding of the mean (Chan, Golub & LeVeque 1983, section 3). Half precision inputs give
-        float32 moments.
+        for the rounding of the mean (Chan, Golub & LeVeque 1983, section 3). Half precision inputs are
+        summed in float32.
 
         Args:
             x: floating point, rank 2 or more, the channels along `channel_dim`.
@@ -56,8 +56,8 @@ class Moments:
 
         With `d = b.mean - a.mean` and `n = a.count + b.count`:
         `mean = a.mean + d * b.count / n`, `m2 = a.m2 + b.m2 + d**2 * a.count * b.count / n`.
-        Empty moments change nothing. The result is float64, so that thousands of merges in a row are as
-        exact as one.
+        Empty moments change nothing. `m2` is float64 too, so that thousands of merges in a row are as exact
+        as one.
         """
         everyone = (self, *others)
         return Moments(
@@ -69,7 +69,6 @@ class Moments:
     def merge_dim(self, dim: int) -> Moments:
         """Merge moments that are stacked along dimension `dim` of `mean`: (K, C) becomes (C,)."""
         counts = self.count.expand_as(self.mean)
-        # In the dtype of the count: a float32 mean would be rounded by every merge of a long series.
         means, m2 = self.mean.to(counts.dtype), self.m2.to(counts.dtype)
         total = counts.sum(dim, keepdim=True)
         share = counts / total.clamp_min(torch.finfo(total.dtype).tiny)
@@ -108,6 +107,8 @@ def take(x: Tensor, dims: tuple[int, ...], mask: Tensor | None = None) -> Moment
         centred = values - mean
         shift = (weights * centred).sum(dims, keepdim=True) / total
         m2 = (weights * (centred - shift).square()).sum(dims)
+    # What float32 cannot hold of the mean is in the shift.
+    mean, shift = mean.to(count.dtype), shift.to(count.dtype)
     return Moments(count, (mean + shift).squeeze(dims), m2)
 
 

@@ -61,6 +61,6 @@ class Renorm(NamedTuple):
         mean, var = moments.mean.detach(), moments.var().detach()
         running_std = (running_var.detach().to(scale.dtype) + eps).sqrt()
         r = ((var + eps).sqrt() / running_std).clamp(1 / self.r_max, self.r_max)
-        d = ((mean - running_mean.detach()) / running_std).clamp(-self.d_max, self.d_max)
+        d = ((mean - running_mean.detach()) / running_std).clamp(-self.d_max, self.d_max).to(scale.dtype)
         shift_by_d = d if weight is None else d * weight
         return scale * r, (shift_by_d if shift is None else shift + shift_by_d)

@@ -68,7 +68,7 @@ def apply(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None, axes: tu
         mean, scale, shift: one value per index along the last of `axes`, or along all of them.
     """
     # Centred before it is scaled: folding the mean into the shift would cancel when |mean| >> std.
-    y = (x - _along(mean, x, axes)) * _along(scale, x, axes)
+    y = (x - _along(mean.to(scale.dtype), x, axes)) * _along(scale, x, axes)
     if shift is not None:
         y = y + _along(shift, x, axes)
     return y.to(x.dtype)

@@ -29,7 +29,7 @@ class Spread:
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f} ± {self.spread:.4f}"
+        return f"{self.mean:.3f} ± {self.spread:.3f}"
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,12 @@ class Config:
         _check_at_least("batch size", self.batch_size, 2, ": batch norm needs the variance of a batch")
         _check_at_least("epochs", self.epochs, 1)
         _check_at_least("threads", self.threads, 1)
+        for what, samples, least in (
+            ("train samples", self.train_samples, 2),
+            ("test samples", self.test_samples, 1),
+        ):
+            if samples is not None:
+                _check_at_least(what, samples, least)
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr={self.lr} must be above 0 and finite")
 

@@ -68,15 +68,16 @@ class RunFolder:
             left_behind.unlink()
         return folder
 
-    def save(self, training: Training, status: str = "running") -> None:
+    def save(self, training: Training) -> None:
         """Write the checkpoint, and all that follows from it."""
         saved = io.BytesIO()
         torch.save({"format": _FORMAT, "config": training.config.as_dict(), **training.state_dict()}, saved)
         self._write(CHECKPOINT, saved.getvalue())
-        self.write_results(training, status)
+        self.write_results(training)
 
-    def write_results(self, training: Training, status: str) -> None:
+    def write_results(self, training: Training, *, interrupted: bool = False) -> None:
         """Write metrics and summary, and the curves of a run that ends here: they take half a second."""
+        status = "finished" if training.finished else "interrupted" if interrupted else "running"
         epochs = [result.as_dict() for result in training.history]
         self._write(METRICS, "".join(json.dumps(epoch) + "\n" for epoch in epochs).encode())
         summary = {
@@ -117,7 +118,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path / CHECKPOINT} does not fit its own configuration: {_first_line(error)}"
             ) from None
-        self.write_results(training, "running")
+        self.write_results(training)
 
     def _list(self) -> set[str]:
         if self.path.exists() and not self.path.is_dir():

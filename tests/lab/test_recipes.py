@@ -1,0 +1,62 @@
+"""Recipes and configurations: what they say, and what they refuse."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from batchnorm.lab.recipes import configure, resolve_device
+
+
+def test_tutorial_recipe_is_the_tutorials() -> None:
+    config = configure("fashion-mnist")
+    assert (config.activation, config.lr, config.batch_size, config.epochs) == ("sigmoid", 0.01, 16, 5)
+    assert (config.schedule, config.standardize, config.norm) == ("constant", False, "batchnorm")
+
+
+def test_fast_recipe() -> None:
+    config = configure("fashion-mnist", "fast")
+    assert (config.activation, config.schedule, config.standardize) == ("relu", "one-cycle", True)
+    assert config.batch_size > 16
+
+
+def test_changes_win_over_the_recipe_and_none_is_no_change() -> None:
+    config = configure("fashion-mnist", batch_size=4, epochs=None)
+    assert (config.batch_size, config.epochs) == (4, 5)
+
+
+def test_small_batches_get_one_thread() -> None:
+    assert configure(batch_size=16).threads == 1
+    assert configure(batch_size=64).threads == torch.get_num_threads()
+    assert configure(batch_size=64, threads=3).threads == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"recipe": "slow"}, "unknown recipe 'slow': expected one of tutorial, fast"),
+        ({"data": "cifar"}, "unknown data 'cifar': expected one of digits, fashion-mnist, mnist"),
+        ({"norm": "group"}, "unknown norm 'group': expected one of none, handwritten"),
+        ({"activation": "swish"}, "unknown activation 'swish'"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+        ({"batch_size": 1}, "batch size 1 must be 2 or more"),
+        ({"epochs": 0}, "epochs 0 must be 1 or more"),
+        ({"threads": 0}, "threads 0 must be 1 or more"),
+        ({"lr": 0.0}, "lr=0.0 must be above 0"),
+        ({"lr": float("nan")}, "lr=nan must be above 0"),
+        ({"lr": float("inf")}, "lr=inf must be above 0"),
+    ],
+)
+def test_bad_options_say_what_is_expected(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        configure(**options)
+
+
+def test_a_device_that_is_not_here() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert resolve_device("auto") in ("cpu", "mps")
+    with pytest.raises(ValueError, match=r"'cuda' is not available to this torch: use one of auto, .*cpu"):
+        resolve_device("cuda")

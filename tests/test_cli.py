@@ -1,0 +1,289 @@
+"""The command line from end to end: results on disk, one clear line for bad input, kill and resume."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from batchnorm.cli import run
+
+SHARED_DATA = Path(os.environ.get("BATCHNORM_DATA") or Path(__file__).parents[2] / "shared" / "data")
+needs_shared_data = pytest.mark.skipif(
+    not SHARED_DATA.is_dir(), reason=f"no Fashion-MNIST at {SHARED_DATA}; set BATCHNORM_DATA to its folder"
+)
+SMALL = ["--train-samples", "96", "--test-samples", "48", "--epochs", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BATCHNORM_DATA", raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without the only field that may differ between equal runs."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def test_train_writes_its_results_and_prints_a_line_per_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", *SMALL, "--output", "run"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"epoch 2, batch size 16, train loss \d\.\d{6}, time \d+\.\d\d s, accuracy [01]\.\d{4}", printed[-1]
+    )
+    assert [line["epoch"] for line in metrics(tmp_path / "run")] == [1, 2]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["config"]["norm"] == "batchnorm"
+    assert (tmp_path / "run" / "curves.png").exists()
+    assert "model" in torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+
+
+def test_train_writes_under_runs_by_default(tmp_path: Path) -> None:
+    assert run(["train", *SMALL, "--norm", "none"]) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.endswith("train-digits-tutorial-none")
+
+
+def test_tutorial_protocol_prints_both_accuracies(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(["train", *SMALL, "--tutorial-protocol", "--output", "run"]) == 0
+    assert "(test-batch statistics)" in capsys.readouterr().out
+    first, _ = metrics(tmp_path / "run")
+    assert first["loss"] == pytest.approx(first["mean_loss"] / 16, rel=0.1)
+    assert "accuracy_eval" in first
+
+
+@pytest.mark.parametrize("norm", ["none", "handwritten", "torch"])
+def test_every_norm_and_option_runs(norm: str, tmp_path: Path) -> None:
+    options = [
+        "--recipe",
+        "fast",
+        "--batch-size",
+        "32",
+        "--lr",
+        "0.02",
+        "--activation",
+        "silu",
+        "--seed",
+        "3",
+    ]
+    options += ["--device", "cpu", "--dtype", "bfloat16", "--threads", "1", "--norm", norm]
+    assert run(["train", *SMALL, *options, "--output", "run"]) == 0
+    config = json.loads((tmp_path / "run" / "summary.json").read_text())["config"]
+    assert config["norm"] == norm
+    assert (config["lr"], config["activation"], config["seed"], config["dtype"]) == (
+        0.02,
+        "silu",
+        3,
+        "bfloat16",
+    )
+
+
+def test_compare_prints_a_table_and_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["compare", "--norms", "torch,batchnorm", "--seeds", "2", *SMALL, "--output", "out"]) == 0
+    printed = capsys.readouterr().out
+    rows = [
+        line.split() for line in printed.splitlines() if line.strip().startswith(("torch ", "batchnorm "))
+    ]
+    assert [row[0] for row in rows] == ["torch", "batchnorm"]
+    assert rows[0][7] == "1.00"  # torch relative to torch
+    assert rows[0][1:7] == rows[1][1:7]  # the same accuracies
+    assert max(len(line) for line in printed.splitlines() if "results in" not in line) <= 80
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]) == 2
+
+
+@needs_shared_data
+def test_trains_on_a_slice_of_fashion_mnist(tmp_path: Path) -> None:
+    options = [
+        "--data",
+        "fashion-mnist",
+        "--data-dir",
+        str(SHARED_DATA),
+        "--recipe",
+        "fast",
+        "--batch-size",
+        "32",
+    ]
+    options += ["--train-samples", "2000", "--test-samples", "1000", "--epochs", "3"]
+    assert run(["train", *options, "--output", "run"]) == 0
+    assert metrics(tmp_path / "run")[-1]["accuracy"] > 0.75
+
+
+@needs_shared_data
+def test_finds_the_data_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATCHNORM_DATA", str(SHARED_DATA))
+    assert run(["train", "--data", "mnist", *SMALL, "--output", "run"]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["config"]["data"] == "mnist"
+
+
+def wrong(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run, see exit code 2, one line on stderr and nothing else; return the line."""
+    assert run(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert "Traceback" not in printed.err + printed.out
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--recipe", "slow"], "unknown recipe 'slow': expected one of tutorial, fast"),
+        (["train", "--activation", "swish"], "unknown activation 'swish': expected one of relu"),
+        (["train", "--norm", "x"], "unknown norm 'x'"),
+        (["train", "--data", "x"], "unknown data 'x': expected one of digits, fashion-mnist, mnist"),
+        (["train", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["train", "--device", "abacus"], "unknown device 'abacus'"),
+        (["train", "--batch-size", "1"], "batch size 1 must be 2 or more"),
+        (["train", "--batch-size", "many"], "--batch-size"),
+        (["train", "--lr", "0"], "lr=0.0 must be above 0"),
+        (["train", "--epochs", "-3"], "epochs -3 must be 1 or more"),
+        (["train", "--train-samples", "1"], "train samples 1 must be 2 or more"),
+        (["train", "--test-samples", "0"], "test samples 0 must be 1 or more"),
+        (["train", "--no-such-option"], "--no-such-option"),
+        (["train", "surplus"], "surplus"),
+        (["no-such-command"], "no-such-command"),
+        (["train", "--resume"], "--resume needs --output"),
+        (["train", "--resume", "--output", "absent"], "there is no folder absent to resume from"),
+        (["train", "--data", "mnist", "--data-dir", "absent"], "absent"),
+        (["compare", "--norms", "torch,x"], "unknown norm 'x'"),
+        (["compare", "--norms", ","], "one norm or more"),
+        (["compare", "--norms", "torch,torch"], "each once"),
+        (["compare", "--seeds", "0"], "1 seed or more"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert words in wrong(arguments, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_is_not_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    for command in ("train", "compare"):
+        assert "out is not empty" in wrong([command, *SMALL, "--output", "out"], capsys)
+    assert "holds no checkpoint.pt" in wrong(["train", "--resume", "--output", "out"], capsys)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_damaged_checkpoint_and_a_damaged_data_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", *SMALL, "--output", "run"]) == 0
+    capsys.readouterr()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK\x03\x04 not really")
+    assert "is damaged, or no checkpoint" in wrong(["train", "--resume", "--output", "run"], capsys)
+    (tmp_path / "data").mkdir()
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (tmp_path / "data" / f"{name}-ubyte.gz").write_bytes(b"not gzip")
+    assert "train-images" in wrong(["train", "--data", "mnist", "--data-dir", "data"], capsys)
+
+
+def test_resume_refuses_other_options_and_repeats_a_finished_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", *SMALL, "--output", "run"]) == 0
+    capsys.readouterr()
+    line = wrong(["train", "--resume", "--output", "run", "--batch-size", "8"], capsys)
+    assert "has batch_size 16, not 8" in line
+    before = metrics(tmp_path / "run")
+    assert run(["train", "--resume", *SMALL, "--output", "run"]) == 0
+    assert metrics(tmp_path / "run") == before
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+
+
+LONG = ["--data", "digits", "--epochs", "6", "--train-samples", "600", "--test-samples", "100"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run(["train", *LONG, "--output", str(folder)]) == 0
+    return metrics(folder)
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "batchnorm", "train", *LONG, "--output", str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("moment", ["made", "checkpoint", "1", "3"])
+def test_a_killed_run_resumes_to_the_bit(
+    moment: str, uninterrupted: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """SIGKILL as soon as the folder is there, its first checkpoint is, or so many epochs are done."""
+    folder = tmp_path / "run"
+
+    def reached() -> bool:
+        if moment == "made":
+            return folder.exists()
+        if moment == "checkpoint":
+            return (folder / "checkpoint.pt").exists()
+        return (folder / "metrics.jsonl").exists() and len(metrics(folder)) >= int(moment)
+
+    process = start(folder)
+    wait_for(reached, process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert run(["train", *LONG, "--resume", "--output", str(folder)]) == 0
+    assert metrics(folder) == uninterrupted
+    assert not list(folder.glob(".*"))
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(uninterrupted: list[dict[str, Any]], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start(folder)
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) >= 1, process)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert f"go on with: batchnorm train --resume --output {folder}" in printed
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+    assert run(["train", "--resume", "--output", str(folder)]) == 0
+    assert metrics(folder) == uninterrupted
+
+
+def test_help_names_every_command_and_choice() -> None:
+    command = [sys.executable, "-m", "batchnorm"]
+    printed = subprocess.run([*command, "--help"], check=True, capture_output=True, text=True).stdout
+    assert "train" in printed
+    assert "compare" in printed
+    printed = subprocess.run([*command, "train", "--help"], check=True, capture_output=True, text=True).stdout
+    for name in ("fashion-mnist", "handwritten", "fast", "--tutorial-protocol", "--resume", "bfloat16"):
+        assert name in printed
+
+
+def test_without_the_lab_extra_one_line_says_what_to_install() -> None:
+    program = "import sys; sys.modules['typer'] = None; from batchnorm.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "batchnorm: typer is missing: pip install 'batchnorm[lab]'"
