@@ -433,6 +433,16 @@ def test_merge_alone_and_of_channels_with_counts_of_their_own():
     assert torch.equal(alone.m2, first.m2)
 
 
+def test_a_common_mean_stays_as_it_is():
+    # And adds nothing between the moments: 7 * (1/7 * mean) would be off by a digit.
+    mean = torch.tensor([1e8 + 0.1, math.pi], dtype=torch.float64)
+    one = Moments(torch.tensor(3.0).double(), mean, torch.ones(2).double())
+    for others in range(1, 12):
+        merged = one.merge(*[one] * others)
+        assert torch.equal(merged.mean, mean)
+        assert merged.m2.tolist() == [others + 1] * 2
+
+
 def test_merge_by_hand():
     # {0, 4} and {10}: mean 14/3, m2 = 8 + 0 + (10 - 2)**2 * 2 * 1 / 3.
     a = Moments(torch.tensor(2.0).double(), torch.tensor([2.0]), torch.tensor([8.0]))

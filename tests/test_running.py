@@ -174,9 +174,24 @@ def test_a_batch_that_is_not_finite(bad):
 
 
 def test_a_variance_that_overflows_is_skipped():
-    x, mean, var = torch.tensor([[1e30], [-1e30]]), torch.zeros(1), torch.ones(1)
-    assert Moments.from_tensor(x).mean.isfinite()
-    assert moved(mean, var, Moments.from_tensor(x), factor=0.5, skip_nonfinite=True)[1] == var
+    x, mean, var = torch.tensor([[1e30, 1.0], [-1e30, 2.0]]), torch.zeros(2), torch.ones(2)
+    assert Moments.from_tensor(x).mean.isfinite().all()
+    new_mean, new_var, any_moved = moved(mean, var, Moments.from_tensor(x), factor=0.5, skip_nonfinite=True)
+    assert torch.equal(new_mean, mean)
+    assert torch.equal(new_var, var)
+    assert not any_moved
+
+
+@pytest.mark.parametrize("bad", ["mean", "m2"])
+def test_either_moment_that_is_not_finite_is_skipped(bad):
+    parts = {"mean": torch.zeros(2), "m2": torch.ones(2)}
+    parts[bad] = torch.tensor([1.0, math.inf])
+    mean, var = torch.randn(2), torch.rand(2)
+    moments = Moments(torch.tensor(4.0).double(), **parts)
+    new_mean, new_var, any_moved = moved(mean, var, moments, factor=0.5, skip_nonfinite=True)
+    assert torch.equal(new_mean, mean)
+    assert torch.equal(new_var, var)
+    assert not any_moved
 
 
 def test_skipping_leaves_finite_batches_alone():

@@ -93,11 +93,13 @@ def test_inference_by_half_precision_statistics(dtype):
 
 @pytest.mark.parametrize("ratio", [1e2, 1e4])
 def test_far_off_centre(ratio):
-    # Centred before it is scaled: (x * scale + shift) would be wrong in the second digit at 1e4.
     x = (torch.randn(32, 3, 20).double() + ratio).float()
     y, _ = reference.training(x, None, None, eps=EPS, channel_dim=1)
-    # The mean is rounded to a float32, which moves every output by as much: ratio * 2**-24.
-    assert (y - by_hand(x, None, None, None, None, 1)).abs().max() < ratio * 2**-23
+    error = y - by_hand(x, None, None, None, None, 1)
+    # The mean is rounded to a float32, which moves all outputs of a channel alike, by ratio * 2**-24.
+    assert error.abs().max() <= ratio * 2**-24 + 1e-5
+    # x * scale + shift instead of (x - mean) * scale would round each of them at ratio * 2**-24 as well.
+    assert (error - error.mean((0, 2), keepdim=True)).abs().max() < 5e-6
 
 
 def test_scale_and_shift():
@@ -169,11 +171,28 @@ def test_the_memory_layout_is_kept():
     ]:
         x = torch.randn(shape).to(memory_format=memory_format).requires_grad_()
         y, _ = reference.training(x, weight, bias, eps=EPS, channel_dim=1)
-        y.square().sum().backward()
-        assert y.stride() == x.stride() == x.grad.stride()
+        # Not through .grad, which takes the layout of its leaf whatever comes.
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+        assert y.stride() == x.stride() == grad.stride()
     x = torch.randn(4, 5, 6, 3).permute(0, 3, 2, 1)
     y = reference.inference(x, torch.zeros(3), torch.ones(3), weight, bias, eps=EPS, channel_dim=1)
     assert y.stride() == x.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_as_large_as_the_input_is_float64(dtype):
+    # The mean is; were it not rounded, every value of the input would become so too, at half the speed.
+    large = []
+
+    def pack(tensor):
+        large.append(tensor.dtype if tensor.numel() >= x.numel() else None)
+        return tensor
+
+    x = torch.randn(50, 3).to(dtype).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        reference.training(x, torch.ones(3, requires_grad=True), torch.zeros(3), eps=EPS, channel_dim=1)
+    assert torch.float32 in large
+    assert torch.float64 not in large
 
 
 @pytest.mark.parametrize("channel_dim", [0, 1, 2])

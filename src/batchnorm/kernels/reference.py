@@ -50,7 +50,7 @@ def inference(
     # A half precision model keeps half precision statistics, in which eps may be nothing.
     dtype = torch.promote_types(running_var.dtype, statistics_dtype(x))
     scale, shift = scale_and_shift(running_var.to(dtype), weight, bias, eps)
-    return apply(x, running_mean.to(dtype), scale, shift, (channel_dim,))
+    return apply(x, running_mean, scale, shift, (channel_dim,))
 
 
 def scale_and_shift(
