@@ -906,8 +906,8 @@ def test_compile_to_machine_code():
         ((4, 3), {"mask": torch.zeros(4, 1)}, r"mask of shape \(4, 1\) is empty"),
         ((4, 3), {"mask": torch.tensor([True, False, True])}, r"mask of shape \(3,\) is empty"),
         ((4, 3), {"mask": torch.eye(4, 3) > 0}, r"mask of shape \(4, 3\) leaves a channel one"),
-        ((4, 3), {"mask": torch.tensor([1.0, -1.0, 1.0])}, "negative or NaN weight"),
-        ((4, 3), {"mask": torch.tensor([1.0, math.nan, 1.0])}, "negative or NaN weight"),
+        ((4, 3), {"mask": torch.tensor([1.0, -1.0, 1.0])}, "negative, infinite or NaN weight"),
+        ((4, 3), {"mask": torch.tensor([1.0, math.nan, 1.0])}, "negative, infinite or NaN weight"),
         ((4, 3), {"renorm": (0.5, 1)}, r"renorm=\(0\.5, 1\) is not understood"),
     ],
 )

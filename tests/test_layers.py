@@ -7,7 +7,7 @@ import io
 import itertools
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -76,15 +76,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "skip_nonfinite": True,
     },
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    # Where cores are shared, torch's threads wait for each other longer than these small layers take.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def batch(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -1141,7 +1132,7 @@ def test_memory_is_flat_over_a_thousand_steps(options: dict[str, Any]) -> None:
     process = psutil.Process()
     tensors, before = tensors_alive(), process.memory_info().rss
     steps(1000)
-    assert tensors_alive() == tensors
+    assert tensors_alive() <= tensors  # fewer, when what an earlier test left is collected meanwhile
     assert process.memory_info().rss - before < 8e6
 
 
@@ -1283,7 +1274,7 @@ BAD_INPUTS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple, type[Excepti
     ),
     "negative mask": (
         *(bn.BatchNorm1d, {}, (ZEROS, None, WEIGHTS), ValueError),
-        "got a negative or NaN weight",
+        "got a negative, infinite or NaN weight",
     ),
     "empty mask": (
         *(bn.BatchNorm1d, {}, (ZEROS, None, torch.zeros(4, 1)), ValueError),

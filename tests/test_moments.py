@@ -196,8 +196,8 @@ def test_a_channel_without_values():
     [
         (torch.ones(5, 1), ValueError, r"mask of shape \(5, 1\) does not broadcast to the input's \(4, 3\)"),
         (torch.ones(1, 4, 3), ValueError, r"\(1, 4, 3\) does not broadcast"),
-        (torch.tensor([1.0, -1, 1]), ValueError, "negative or NaN weight"),
-        (torch.tensor([1.0, math.nan, 1]), ValueError, "negative or NaN weight"),
+        (torch.tensor([1.0, -1, 1]), ValueError, "negative, infinite or NaN weight"),
+        (torch.tensor([1.0, math.nan, 1]), ValueError, "negative, infinite or NaN weight"),
         (
             torch.ones(3, dtype=torch.complex64),
             TypeError,

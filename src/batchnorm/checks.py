@@ -89,8 +89,12 @@ def check_mask(mask: Tensor, x: Tensor) -> None:
         )
     if mask.is_complex():
         raise TypeError(f"expected a mask of booleans or non-negative weights, got {mask.dtype}")
-    if mask.dtype != torch.bool and values_can_be_read(mask) and not bool((mask >= 0).all()):
-        raise ValueError("expected a mask of booleans or non-negative weights, got a negative or NaN weight")
+    if mask.dtype == torch.bool or not values_can_be_read(mask):
+        return
+    if not bool(((mask >= 0) & (mask < torch.inf)).all()):
+        raise ValueError(
+            "expected a mask of booleans or non-negative weights, got a negative, infinite or NaN weight"
+        )
 
 
 def check_masked_count(count: Tensor, mask: Tensor) -> None:

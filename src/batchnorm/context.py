@@ -21,8 +21,3 @@ def under_transform() -> bool:
 def values_can_be_read(tensor: Tensor) -> bool:
     """Whether a check may look at the values: not while tracing, nor where it would stall a device."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not under_transform()
-
-
-def is_per_example(tensor: Tensor) -> bool:
-    """Whether vmap has given every example a value of its own for `tensor`."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(tensor)

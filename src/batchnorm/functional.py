@@ -36,7 +36,7 @@ def batch_norm(
     `y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)`, with the mean and biased
     variance of the batch when `training`, else the running ones (Ioffe & Szegedy 2015, algorithms 1
     and 2). Nothing is written into; the returned statistics are outside the autograd graph, `y` is
-    differentiable any number of times. Works under torch.func transforms, torch.compile and autocast.
+    twice differentiable. Works under torch.func transforms, torch.compile and autocast.
 
     Args:
         x: floating point, rank 2 or more: (N, C), (N, C, L), (N, C, H, W), ...; half precision is
@@ -49,7 +49,7 @@ def batch_norm(
         activation: name of what is applied last, such as "relu" or "silu".
         residual: added before the activation; the shape of `x`.
         mask: broadcastable to `x`; which positions count (booleans) or how much (non-negative
-            weights) in the statistics. All positions are normalised.
+            weights) in the statistics. All positions are normalised: fill padding with anything finite.
         ghost_batch_size: samples per virtual batch, each normalised by itself (Hoffer et al. 2017,
             algorithm 1); the last may be smaller, and takes in a leftover that has one value per channel.
             The running statistics move once, by the moments of the whole batch.
@@ -60,8 +60,8 @@ def batch_norm(
         num_batches_tracked: batches already in the running statistics, for `momentum=None`.
 
     Returns:
-        `(y, running_mean, running_var)`; y has the shape, dtype and memory layout of `x`. Statistics
-        that were None stay None.
+        `(y, running_mean, running_var)`; y has the shape and memory layout of `x`, and its dtype unless
+        that of `residual` is wider. Statistics that were None stay None.
 
     Raises:
         TypeError: not a tensor, or not floating point.
@@ -159,7 +159,7 @@ def normalize(
 
     def normalize_part(part: Part) -> tuple[Tensor, Moments]:
         batch = take(part.x, part.reduced, part.mask)
-        if part.mask is not None:
+        if part.mask is not None and part.x.numel() > 0:
             checks.check_masked_count(batch.count, part.mask)
         scale, shift = reference.scale_and_shift(batch.var(), weight, bias, eps)
         if renorm is not None:

@@ -120,11 +120,13 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """`activation(normalise(x) + residual)`, in the shape, dtype and memory layout of `x`.
 
+        The dtype is that of `residual` where it is wider.
+
         Args:
             x: C channels along `channel_dim`.
             residual: added before the activation; the shape of `x`.
             mask: broadcastable to `x`; which positions count (booleans), or how much (non-negative
-                weights), in the statistics. All positions are normalised.
+                weights), in the statistics. All positions are normalised: fill padding with anything finite.
 
         Raises:
             TypeError: not a tensor, or not floating point.

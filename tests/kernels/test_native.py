@@ -221,3 +221,27 @@ def test_a_compiler_gets_the_reference():
     x = torch.zeros(4, 3)
     assert torch.equal(torch.compile(function, fullgraph=True, backend="eager")(x), x + 1)
     assert torch.equal(function(x), x + 2)
+
+
+VIEWS = {
+    "contiguous": lambda: torch.randn(4, 3, 5, 6),
+    "reversed": lambda: torch.randn(6, 5, 3, 4).permute(3, 2, 1, 0),
+    "NCHW memory seen as NHWC": lambda: torch.randn(4, 6, 3, 5).permute(0, 2, 3, 1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("channel_dim", [0, 2, 3])
+def test_channels_anywhere_in_any_view(view: str, channel_dim: int) -> None:
+    x = VIEWS[view]()
+    y, moments = native.training(x, None, None, eps=1e-5, channel_dim=channel_dim)
+    wanted, wanted_moments = reference.training(x, None, None, eps=1e-5, channel_dim=channel_dim)
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(moments.mean.double(), wanted_moments.mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("view", ["contiguous", "NCHW memory seen as NHWC"])
+def test_channels_last_keep_the_layout(view: str) -> None:
+    x = VIEWS[view]()
+    y, _ = native.training(x, None, None, eps=1e-5, channel_dim=3)
+    assert y.stride() == x.stride()

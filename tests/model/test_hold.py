@@ -1,7 +1,6 @@
 """Tests of hold: training forwards that leave the running statistics where they are."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,15 +23,6 @@ LAYERS: dict[str, Any] = {
     "ours skip_nonfinite": lambda: bn.BatchNorm1d(C, skip_nonfinite=True),
     "ours activation": lambda: bn.BatchNorm1d(C, activation="relu"),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    # Where cores are shared, torch's threads wait for each other longer than these small layers take.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -63,8 +63,16 @@ def call(
     channel_dim: int = 1,
 ) -> Tensor:
     """`torch.batch_norm` for channels along any dimension; moves the running statistics when training."""
+    if channel_dim == 1:
+        flat = x
+    elif x.is_contiguous():
+        # (before, C, after), or (before, C) when the channels are last: a view, and a layout it is fast on.
+        after = () if channel_dim == x.ndim - 1 else (-1,)
+        flat = x.reshape(math.prod(x.shape[:channel_dim]), x.shape[channel_dim], *after)
+    else:
+        flat = x.movedim(channel_dim, 1)
     y = torch.batch_norm(
-        x if channel_dim == 1 else _with_channels_second(x, channel_dim),
+        flat,
         weight,
         bias,
         running_mean,
@@ -74,10 +82,6 @@ def call(
         eps,
         torch.backends.cudnn.enabled,
     )
-    return y if channel_dim == 1 else y.reshape(x.shape)
-
-
-def _with_channels_second(x: Tensor, channel_dim: int) -> Tensor:
-    # A view of a contiguous x: (before, C, after), or (before, C) when the channels are last.
-    before, channels = math.prod(x.shape[:channel_dim]), x.shape[channel_dim]
-    return x.reshape(before, channels) if channel_dim == x.ndim - 1 else x.reshape(before, channels, -1)
+    if channel_dim == 1:
+        return y
+    return y.reshape(x.shape) if x.is_contiguous() else y.movedim(1, channel_dim)
