@@ -12,7 +12,9 @@ import argparse
 import statistics
 import time
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -25,17 +27,22 @@ from batchnorm.lab.train import Training, load_dataset
 
 
 class Images(TorchDataset):
-    """One image and its label at a time, as the tutorial's data set gives them."""
+    """One image and its label at a time, by the steps of torchvision's FashionMNIST with ToTensor().
+
+    (torchvision itself is not needed for it.)
+    """
 
     def __init__(self, data: Dataset) -> None:
-        self.images = (data.train_images * 255).round().to(torch.uint8)
+        self.images = (data.train_images * 255).round().to(torch.uint8)[:, 0]
         self.labels = data.train_labels
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index].float() / 255, self.labels[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = Image.fromarray(self.images[index].numpy())
+        pixels = torch.from_numpy(np.array(image, np.uint8, copy=True)).view(28, 28, 1)
+        return pixels.permute(2, 0, 1).contiguous().float().div(255), int(self.labels[index])
 
 
 class TutorialLoop:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,7 +61,7 @@ Dtype = Annotated[
     str | None,
     typer.Option(help=f"{_names(DTYPES)}; the half precisions train under autocast.  [default: float32]"),
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.  [default: 1 below batch 64, else all]")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.  [default: by the batch size]")]
 TrainSamples = Annotated[int | None, typer.Option(help="Keep so many of the training images.")]
 TestSamples = Annotated[int | None, typer.Option(help="Keep so many of the test images.")]
 
@@ -72,6 +73,7 @@ def main() -> None:
 
 @app.command()
 def train(
+    context: typer.Context,
     data: Data = None,
     recipe: Recipe = None,
     norm: Annotated[str | None, typer.Option(help=f"Norm: {_names(NORMS)}.  [default: batchnorm]")] = None,
@@ -99,22 +101,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
 ) -> None:
     """Train LeNet, by default with batchnorm on scanned digits; resumable at any moment."""
-    options = _given(
-        data=data,
-        recipe=recipe,
-        norm=norm,
-        batch_size=batch_size,
-        epochs=epochs,
-        lr=lr,
-        activation=activation,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        train_samples=train_samples,
-        test_samples=test_samples,
-        tutorial_protocol=tutorial_protocol,
-    )
+    options = _settings(context)
     if resume and output is None:
         raise RunFolderError("--resume needs --output, the folder of the run to go on with")
     saved = RunFolder.reopen(output).load() if resume and output is not None else None
@@ -169,6 +156,7 @@ def _epoch_line(config: Config, result: EpochResult) -> str:
 
 @app.command()
 def compare(
+    context: typer.Context,
     norms: Annotated[str, typer.Option(help=f"Comma-separated, of {_names(NORMS)}.")] = ",".join(NORMS),
     seeds: Annotated[int, typer.Option(help="Runs of each norm, with seeds counted from --seed.")] = 3,
     data: Data = None,
@@ -192,20 +180,7 @@ def compare(
     chosen = [norm.strip() for norm in norms.split(",") if norm.strip()]
     if not chosen or seeds < 1 or len(set(chosen)) < len(chosen):
         raise ValueError("compare needs one norm or more, each once, and 1 seed or more")
-    options = _given(
-        data=data,
-        recipe=recipe,
-        batch_size=batch_size,
-        epochs=epochs,
-        lr=lr,
-        activation=activation,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        train_samples=train_samples,
-        test_samples=test_samples,
-    )
+    options = _settings(context)
     configs = [configure(norm=norm, **options) for norm in chosen]
     dataset = load_dataset(configs[0], data_dir)
     folder = RunFolder.create(
@@ -262,23 +237,25 @@ def run(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _complain(str(error))
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return _complain("interrupted", INTERRUPTED)
     except Exception as error:
         # typer ships its own copy of click or uses click's, by version: its errors are told by what they do.
         if hasattr(error, "format_message"):
             return _complain(error.format_message())
         if type(error).__name__ == "Abort":
-            return INTERRUPTED
+            return _complain("interrupted", INTERRUPTED)
         raise
 
 
-def _complain(message: str) -> int:
+def _complain(message: str, code: int = 2) -> int:
     print("batchnorm:", " ".join(message.split()), file=sys.stderr)
-    return 2
+    return code
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+def _settings(context: typer.Context) -> dict[str, Any]:
+    """The options that were given and belong to a run's configuration."""
+    names = {field.name for field in fields(Config)}
+    return {name: value for name, value in context.params.items() if name in names and value is not None}
 
 
 def _check_same(options: dict[str, Any], config: Config, output: Path | None) -> None:

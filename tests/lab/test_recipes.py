@@ -26,10 +26,14 @@ def test_changes_win_over_the_recipe_and_none_is_no_change() -> None:
     assert (config.batch_size, config.epochs) == (4, 5)
 
 
-def test_small_batches_get_one_thread() -> None:
-    assert configure(batch_size=16).threads == 1
-    assert configure(batch_size=64).threads == torch.get_num_threads()
-    assert configure(batch_size=64, threads=3).threads == 3
+def test_small_batches_get_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    threads = [configure("mnist", batch_size=batch_size).threads for batch_size in (4, 16, 63, 64)]
+    assert threads == [1, 2, 2, 8]
+    assert configure("mnist", batch_size=64, threads=3).threads == 3
+    assert configure("digits", batch_size=64).threads == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert configure("mnist", batch_size=16).threads == 1
 
 
 @pytest.mark.parametrize(
@@ -60,3 +64,9 @@ def test_a_device_that_is_not_here() -> None:
     assert resolve_device("auto") in ("cpu", "mps")
     with pytest.raises(ValueError, match=r"'cuda' is not available to this torch: use one of auto, .*cpu"):
         resolve_device("cuda")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "cpu:1", "cpu:x", "cuda:-1"])
+def test_a_device_number_that_is_not_here(device: str) -> None:
+    with pytest.raises(ValueError, match=f"device {device!r} is not available"):
+        configure(device=device)

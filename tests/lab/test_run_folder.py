@@ -149,11 +149,13 @@ def test_a_checkpoint_that_lacks_or_bends_a_part(
             folder.restore(Training(loaded[0], digits), loaded[1])
 
 
-@pytest.mark.parametrize("config", [None, {}, {"data": "cifar"}, "text"])
+@pytest.mark.parametrize("config", [None, {}, {"data": "cifar"}, "text", {"device": "cuda:99"}])
 def test_a_checkpoint_with_a_bad_configuration(config: Any, training: Training, tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path)
     folder.save(training)
     whole = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    if isinstance(config, dict) and config:
+        config = {**whole["config"], **config}
     torch.save({**whole, "config": config}, tmp_path / "checkpoint.pt")
     with pytest.raises(RunFolderError, match="no usable configuration"):
         folder.load()
