@@ -37,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out = Console(highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def _names(choices: Any) -> str:
@@ -261,7 +261,7 @@ def _settings(context: typer.Context) -> dict[str, Any]:
 def _check_same(options: dict[str, Any], config: Config, output: Path | None) -> None:
     for name, value in options.items():
         saved = getattr(config, name)
-        if value not in (saved, "auto"):
+        if value != saved and not (name == "device" and value == "auto"):
             raise RunFolderError(
                 f"the run in {output} has {name} {saved}, not {value}: leave the option out to resume it"
             )

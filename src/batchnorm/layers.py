@@ -153,7 +153,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """By torch's operator, which moves the running statistics itself; None where it cannot."""
         compiling = torch.compiler.is_compiling()
         weight, mean, var = self.weight, self.running_mean, self.running_var
-        if not native.supports(x, weight, mean) or not (compiling or not under_transform()):
+        if not native.supports(x, weight, mean) or (not compiling and under_transform()):
             return None
         if running.moves(True, self.track_running_stats):
             num_batches_tracked = self.num_batches_tracked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch import nn
 
 
@@ -13,6 +14,8 @@ def describe(module: nn.Module) -> str:
     A module does not know its name, so the callers' frames are searched for the outermost module that
     contains it; a module that is called by itself is described by its class alone.
     """
+    if torch.compiler.is_compiling():
+        return type(module).__name__
     name = None
     frame = sys._getframe(1)
     while frame is not None:

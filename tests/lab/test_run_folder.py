@@ -87,7 +87,7 @@ def test_reopen_refuses_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="there is no folder"):
         RunFolder.reopen(tmp_path / "absent")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RunFolderError, match=r"holds no checkpoint\.pt.*notes\.txt"):
+    with pytest.raises(RunFolderError, match=r"holds no checkpoint\.pt to resume from.*notes\.txt"):
         RunFolder.reopen(tmp_path)
 
 
@@ -181,3 +181,23 @@ def test_default_output_names_the_run() -> None:
     path = default_output("train", "digits", "fast")
     assert path.parts[0] == "runs"
     assert path.name.endswith("train-digits-fast")
+
+
+@pytest.mark.parametrize("bent", [torch.zeros(1), torch.zeros(7, 1, 5, 5), 3.0])
+def test_optimizer_state_of_another_shape_is_refused(
+    bent: Any, training: Training, digits: Dataset, tmp_path: Path
+) -> None:
+    """torch loads it, and its fused Adam then runs over the end of the tensor."""
+    folder = RunFolder.create(tmp_path)
+    folder.save(training)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state["optimizer"]["state"][0]["exp_avg"] = bent
+    with pytest.raises(RunFolderError, match="does not fit its own configuration"):
+        folder.restore(Training(training.config, digits), state)
+
+
+def test_results_without_their_checkpoint_are_not_overwritten(training: Training, tmp_path: Path) -> None:
+    RunFolder.create(tmp_path).save(training)
+    (tmp_path / "checkpoint.pt").unlink()
+    with pytest.raises(RunFolderError, match=r"holds no checkpoint\.pt to resume from"):
+        RunFolder.reopen(tmp_path)

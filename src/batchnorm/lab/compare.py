@@ -78,7 +78,7 @@ def compare(
         seeds: how many, counted from `config.seed`.
         on_steps: told now and then how many steps were done.
     """
-    memory = {norm: memory_growth(norm, batch_size=config.batch_size) for norm in norms}
+    memory = {norm: memory_growth(norm, batch_size=min(config.batch_size, 32)) for norm in norms}
     runs = {
         norm: [Training(replace(config, norm=norm, seed=config.seed + k), dataset) for k in range(seeds)]
         for norm in norms

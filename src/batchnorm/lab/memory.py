@@ -31,6 +31,7 @@ class MemoryGrowth:
 def memory_growth(norm: str, *, batch_size: int, steps: int = 200) -> MemoryGrowth:
     """Measure a LeNet with this norm on random images, on the CPU.
 
+    The leak of a hand-written layer is a gigabyte per 100 steps of 128 images: keep the batch small.
     What a step leaves behind is kept by the layers, whatever the device.
     """
     torch.manual_seed(0)

@@ -58,11 +58,10 @@ class RunFolder:
         folder = cls(Path(path))
         if not folder.path.is_dir():
             raise RunFolderError(f"there is no folder {path} to resume from")
-        foreign = folder._list() - {CHECKPOINT, METRICS, SUMMARY, CURVES}
-        if foreign and not (folder.path / CHECKPOINT).exists():
+        found = folder._list()
+        if found and CHECKPOINT not in found:
             raise RunFolderError(
-                f"{path} holds no {CHECKPOINT}: it is no output folder of batchnorm train "
-                f"(found {', '.join(sorted(foreign)[:3])})"
+                f"{path} holds no {CHECKPOINT} to resume from (found {', '.join(sorted(found)[:3])})"
             )
         for left_behind in folder.path.glob(f".*{_TEMPORARY}"):
             left_behind.unlink()

@@ -49,7 +49,7 @@ class Training:
 
     Args:
         config: see `recipes.configure`.
-        dataset: to train on instead of the one that config names.
+        dataset: what `load_dataset(config)` gives, or another one.
 
     Attributes:
         model, history: the LeNet, and an EpochResult per epoch so far.
@@ -93,6 +93,7 @@ class Training:
         """Train for an epoch and test. `on_steps` is told now and then how many steps were done."""
         start = time.perf_counter()
         losses = self._train(on_steps)
+        losses.of_samples.item()  # waits for the device, so that the time is that of the work
         seconds = time.perf_counter() - start
         result = self._summarize(losses, seconds)
         self.history.append(result)
@@ -160,11 +161,29 @@ class Training:
         """Go on from a `state_dict()`; on the CPU with exactly the numbers of an uninterrupted run."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._check_optimizer()
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.shuffling.set_state(state["shuffling"])
         self.history = [EpochResult(**result) for result in state["history"]]
+
+    def _check_optimizer(self) -> None:
+        # torch takes any shapes here, and its fused kernel then reads and writes beyond their end.
+        for group in self.optimizer.param_groups:
+            group["fused"] = self.device.type in ("cpu", "cuda")
+            for parameter in group["params"]:
+                state = self.optimizer.state.get(parameter, {})
+                for name, value in state.items():
+                    wanted = torch.Size() if name == "step" else parameter.shape
+                    if (
+                        not isinstance(value, Tensor)
+                        or value.shape != wanted
+                        or not value.is_floating_point()
+                    ):
+                        raise ValueError(f"the optimizer's {name} does not fit its parameter")
+                if state and set(state) != {"step", "exp_avg", "exp_avg_sq"}:
+                    raise ValueError("the optimizer's state is not Adam's")
 
 
 class Losses:
