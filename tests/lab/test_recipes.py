@@ -66,7 +66,7 @@ def test_a_device_that_is_not_here() -> None:
         resolve_device("cuda")
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "cpu:1", "cpu:x", "cuda:-1"])
+@pytest.mark.parametrize("device", ["cuda:99", "cpu:", "cpu:1", "cpu:x", "cuda:-1"])
 def test_a_device_number_that_is_not_here(device: str) -> None:
     with pytest.raises(ValueError, match=f"device {device!r} is not available"):
         configure(device=device)

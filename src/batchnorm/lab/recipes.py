@@ -142,9 +142,10 @@ def resolve_device(device: str) -> str:
     }
     if device == "auto":
         return next(name for name, count in present.items() if count)
-    name, _, index = device.partition(":")
+    name, colon, index = device.partition(":")
+    index = index if colon else "0"
     _check_choice("device", name, present)
-    if not (index or "0").isdecimal() or int(index or "0") >= present[name]:
+    if not index.isdecimal() or int(index) >= present[name]:
         here = ", ".join(name for name, count in present.items() if count)
         raise ValueError(f"device {device!r} is not available to this torch: use one of auto, {here}")
     return device
