@@ -123,6 +123,7 @@ def test_trains_on_a_slice_of_fashion_mnist(tmp_path: Path) -> None:
     options += ["--train-samples", "2000", "--test-samples", "1000", "--epochs", "3"]
     assert run(["train", *options, "--output", "run"]) == 0
     assert metrics(tmp_path / "run")[-1]["accuracy"] > 0.75
+    assert run(["train", "--resume", "--output", "run"]) == 0  # the data folder is remembered
 
 
 @needs_shared_data
@@ -287,3 +288,15 @@ def test_without_the_lab_extra_one_line_says_what_to_install() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.strip() == "batchnorm: typer is missing: pip install 'batchnorm[lab]'"
+
+
+def test_a_folder_named_like_markup_and_a_baseline_that_is_not_torch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", *SMALL, "--output", "a[b]"]) == 0
+    assert "output in a[b]" in capsys.readouterr().out
+    assert run(["compare", "--norms", "none,batchnorm", "--seeds", "1", *SMALL, "--output", "c[d]"]) == 0
+    printed = capsys.readouterr().out
+    assert "±" not in printed
+    assert "torch" not in printed.splitlines()[4]
+    assert "1 seed; results in c[d]" in printed

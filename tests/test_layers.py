@@ -1358,3 +1358,11 @@ def test_setting_a_bad_renorm_later_leaves_the_old_one() -> None:
     with pytest.raises(ValueError, match="is not understood"):
         layer.renorm = (0, 0)
     assert layer.renorm == bn.Renorm(2, 1)
+
+
+def test_an_activation_set_later_is_checked_too() -> None:
+    layer = bn.BatchNorm1d(C, activation="relu")
+    with pytest.raises(ValueError, match="unknown activation 'swish': expected None or one of relu"):
+        layer.activation = "swish"
+    layer.activation = "tanh"
+    assert layer(batch((8, C))).abs().max() < 1

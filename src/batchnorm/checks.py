@@ -97,21 +97,22 @@ def check_mask(mask: Tensor, x: Tensor) -> None:
         )
 
 
-def check_masked_count(count: Tensor, mask: Tensor) -> None:
+def check_masked_count(count: Tensor, mask: Tensor, ghost_batch_size: int | None = None) -> None:
     """Raise when the mask leaves a channel no value, or only one, where that can be seen without a sync."""
     if not values_can_be_read(count) or count.numel() == 0:
         return
     fewest = float(count.min())
+    ghost = "" if ghost_batch_size is None else f" in a virtual batch (ghost_batch_size={ghost_batch_size})"
     if fewest == 0:
         raise ValueError(
             f"the mask of shape {tuple(mask.shape)} is empty: it leaves a channel without a single value to "
-            "take statistics from. Drop such batches, or call eval() to use the running statistics"
+            f"take statistics from{ghost}. Drop such batches, or call eval() to use the running statistics"
         )
     if fewest == 1 and mask.dtype == torch.bool:
         raise ValueError(
             f"Expected more than 1 value per channel when training, but the mask of shape "
-            f"{tuple(mask.shape)} leaves a channel one: its variance would be 0. Use larger batches, or "
-            "call eval() to use the running statistics"
+            f"{tuple(mask.shape)} leaves a channel one{ghost}: its variance would be 0. Use larger batches, "
+            "or call eval() to use the running statistics"
         )
 
 

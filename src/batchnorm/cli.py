@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,10 +109,12 @@ def train(
     config = configure(**options) if saved is None else saved[0]
     if saved is not None:
         _check_same(options, config, output)
+        data_dir = saved[1]["data_dir"] if data_dir is None else data_dir
     dataset = load_dataset(config, data_dir)
     if output is None:
         output = default_output("train", config.data, config.recipe, config.norm)
     folder = RunFolder.reopen(output) if resume else RunFolder.create(output)
+    folder.data_dir = None if data_dir is None else str(Path(data_dir).expanduser().absolute())
     training = Training(config, dataset)
     if saved is None:
         folder.save(training)
@@ -139,7 +142,7 @@ def _run(training: Training, folder: RunFolder) -> None:
         done = len(training.history)
         out.print(
             f"interrupted after {done} of {config.epochs} epochs; go on with: "
-            f"batchnorm train --resume --output {folder.path}"
+            f"batchnorm train --resume --output {shlex.quote(str(folder.path))}"
         )
         raise typer.Exit(INTERRUPTED) from None
 
@@ -194,7 +197,8 @@ def compare(
     )
     write_atomically(folder.path / "comparison.png", figures.comparison(result))
     out.print(_comparison_table(result))
-    out.print(f"{machine_line()}; mean ± standard deviation over {seeds} seeds; results in {folder.path}")
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "1 seed"
+    out.print(f"{machine_line()}; {spread}; results in {folder.path}")
 
 
 def _comparison_table(result: Comparison) -> Table:
@@ -202,7 +206,7 @@ def _comparison_table(result: Comparison) -> Table:
     table = Table(
         title=f"LeNet on {config.data}, {config.recipe} recipe, batch {config.batch_size}, "
         f"{config.epochs} epochs",
-        caption="¹ forwards in training mode without a backward, as the tutorial tests",
+        caption="memory: batches of at most 32; ¹ forwards in training mode without a backward",
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
     )
@@ -210,7 +214,7 @@ def _comparison_table(result: Comparison) -> Table:
     for heading in (
         "accuracy,\nrunning\nstatistics",
         "accuracy,\ntest-batch\nstatistics",
-        "steps/s\nvs\ntorch",
+        f"steps/s\nvs\n{result.baseline}",
         "KiB/100\ntrain\nsteps",
         "KiB/100\ntest\nsteps¹",
         "nodes/\n100\nsteps",
@@ -219,8 +223,10 @@ def _comparison_table(result: Comparison) -> Table:
     for row in result.rows:
         table.add_row(
             row.norm,
-            str(row.accuracy),
-            str(row.accuracy_by_batch),
+            *(
+                str(accuracy) if result.seeds > 1 else f"{accuracy.mean:.3f}"
+                for accuracy in (row.accuracy, row.accuracy_by_batch)
+            ),
             f"{row.relative_speed:.2f}",
             f"{row.memory.train_kib:.0f}",
             f"{row.memory.test_kib:.0f}",

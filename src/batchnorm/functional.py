@@ -49,7 +49,9 @@ def batch_norm(
         activation: name of what is applied last, such as "relu" or "silu".
         residual: added before the activation; the shape of `x`.
         mask: broadcastable to `x`; which positions count (booleans) or how much (non-negative
-            weights) in the statistics. All positions are normalised: fill padding with anything finite.
+            weights) in the statistics. Weights are repeats: 2 counts a value
+            twice, and their sum must exceed `correction` for statistics to move. All positions are
+            normalised: fill padding with anything finite.
         ghost_batch_size: samples per virtual batch, each normalised by itself (Hoffer et al. 2017,
             algorithm 1); the last may be smaller, and takes in a leftover that has one value per channel.
             The running statistics move once, by the moments of the whole batch.
@@ -159,8 +161,8 @@ def normalize(
 
     def normalize_part(part: Part) -> tuple[Tensor, Moments]:
         batch = take(part.x, part.reduced, part.mask)
-        if part.mask is not None and part.x.numel() > 0:
-            checks.check_masked_count(batch.count, part.mask)
+        if mask is not None and x.numel() > 0:
+            checks.check_masked_count(batch.count, mask, ghost_batch_size)
         scale, shift = reference.scale_and_shift(batch.var(), weight, bias, eps)
         if renorm is not None:
             if running_mean is None or running_var is None:

@@ -56,7 +56,6 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         ValueError: an option out of its range; the message says which.
     """
 
-    activation: str | None
     ghost_batch_size: int | None
     channel_dim: int
     correction: float
@@ -98,7 +97,6 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def _set_options(self, **options: Any) -> None:
         checks.check_eps(self.eps)
         checks.check_momentum(self.momentum)
-        checks.check_activation(options["activation"], ACTIVATIONS)
         checks.check_ghost_batch_size(options["ghost_batch_size"], options["channel_dim"])
         checks.check_correction(options["correction"])
         for name, value in options.items():
@@ -107,6 +105,16 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(
                 "renorm corrects towards the running statistics: it needs track_running_stats=True"
             )
+
+    @property
+    def activation(self) -> str | None:
+        """Name of the activation applied last, or None."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, name: str | None) -> None:
+        checks.check_activation(name, ACTIVATIONS)
+        self._activation = name
 
     @property
     def renorm(self) -> Renorm | None:

@@ -101,7 +101,7 @@ def take(x: Tensor, dims: tuple[int, ...], mask: Tensor | None = None) -> Moment
         count = mask.to(count_dtype(x)).expand_as(x).sum(dims)
         weights = mask.to(values.dtype)
         total = weights.expand_as(x).sum(dims, keepdim=True)
-        total = total.clamp_min(torch.finfo(total.dtype).tiny)
+        total = total.where(total > 0, 1)
         values = values.where(mask != 0, 0)
         mean = (weights * values).sum(dims, keepdim=True) / total
         centred = values - mean

@@ -63,8 +63,6 @@ def test_resumes_to_the_bit(norm: str, recipe: str, digits: Dataset) -> None:
     for _ in range(2):
         second.run_epoch()
     assert second.finished
-    # The hand-written layer's statistics are not in its state_dict: that is one of its faults. They
-    # forget their past by a factor of ten each step, so that an epoch later nothing of it is left.
     assert numbers(second) == numbers(whole)
     for ours, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -170,3 +168,16 @@ def test_load_dataset_cuts_and_standardizes() -> None:
     assert (len(data.train_labels), len(data.test_labels)) == (100, 20)
     assert data.train_images.mean().abs() < 1e-5
     assert load_dataset(replace(config, standardize=False)).train_images.min() >= 0
+
+
+def test_the_handwritten_layers_statistics_resume_from_the_first_step() -> None:
+    data = load("digits").head(18, 300)
+    config = configure("digits", norm="handwritten", epochs=3, batch_size=16)
+    whole, first, second = (Training(config, data) for _ in range(3))
+    for _ in range(3):
+        whole.run_epoch()
+    for _ in range(2):
+        first.run_epoch()
+    second.load_state_dict(through_a_file(first.state_dict()))
+    second.run_epoch()
+    assert numbers(second) == numbers(whole)

@@ -58,6 +58,11 @@ class Comparison:
     seeds: int
     rows: list[Row]
 
+    @property
+    def baseline(self) -> str:
+        """The norm that speeds are relative to."""
+        return _baseline([row.norm for row in self.rows])
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, with versions and machine."""
         return {**asdict(self), "versions": versions(), "machine": machine()}
@@ -88,7 +93,7 @@ def compare(
             for norm in norms:
                 runs[norm][k].run_epoch(on_steps)
     speeds = {norm: _steps_per_second(trainings) for norm, trainings in runs.items()}
-    baseline = speeds.get("torch", speeds[norms[0]])
+    baseline = speeds[_baseline(norms)]
     rows = [
         Row(
             norm,
@@ -102,6 +107,10 @@ def compare(
         for norm, trainings in runs.items()
     ]
     return Comparison(config, seeds, rows)
+
+
+def _baseline(norms: Sequence[str]) -> str:
+    return "torch" if "torch" in norms else norms[0]
 
 
 def _steps_per_second(trainings: Sequence[Training]) -> float:

@@ -33,10 +33,14 @@ class RunFolder:
     The checkpoint is written first and holds the results of all epochs so far; the other files follow
     from it. So a run that is killed at any moment goes on from its last checkpoint, and loses nothing
     but the epoch it was in.
+
+    Attributes:
+        data_dir: folder of the data files, kept in the checkpoint for whoever resumes.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.data_dir: str | None = None
 
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
@@ -70,7 +74,15 @@ class RunFolder:
     def save(self, training: Training) -> None:
         """Write the checkpoint, and all that follows from it."""
         saved = io.BytesIO()
-        torch.save({"format": _FORMAT, "config": training.config.as_dict(), **training.state_dict()}, saved)
+        torch.save(
+            {
+                "format": _FORMAT,
+                "config": training.config.as_dict(),
+                "data_dir": self.data_dir,
+                **training.state_dict(),
+            },
+            saved,
+        )
         self._write(CHECKPOINT, saved.getvalue())
         self.write_results(training)
 
@@ -105,8 +117,11 @@ class RunFolder:
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             raise RunFolderError(f"{path} is not a checkpoint of batchnorm train; it was left as it is")
         try:
+            data_dir = state["data_dir"]
+            if data_dir is not None and not isinstance(data_dir, str):
+                raise ValueError("its data folder is no path")
             return Config(**state["config"]), state
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RunFolderError(f"{path} has no usable configuration: {_first_line(error)}") from None
 
     def restore(self, training: Training, state: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.lab.data import Dataset, load
+from batchnorm.lab.handwritten import HandwrittenBatchNorm
 from batchnorm.lab.nets import LeNet
 from batchnorm.lab.recipes import DTYPES, Config
 from batchnorm.model import hold
@@ -155,6 +156,10 @@ class Training:
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "shuffling": self.shuffling.get_state(),
+            "handwritten": {
+                name: [layer.running_mean.detach(), layer.running_var.detach()]
+                for name, layer in self._handwritten()
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -166,7 +171,22 @@ class Training:
             self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.shuffling.set_state(state["shuffling"])
-        self.history = [EpochResult(**result) for result in state["history"]]
+        for name, layer in self._handwritten():
+            mean, var = (value.to(self.device) for value in state["handwritten"][name])
+            if mean.shape != layer.running_mean.shape or var.shape != layer.running_var.shape:
+                raise ValueError(f"the statistics of {name} do not fit it")
+            layer.running_mean, layer.running_var = mean, var
+        history = [EpochResult(**result) for result in state["history"]]
+        if not all(
+            isinstance(value, int | float) for result in history for value in result.as_dict().values()
+        ):
+            raise ValueError("its history holds something that is no number")
+        self.history = history
+
+    def _handwritten(self) -> list[tuple[str, HandwrittenBatchNorm]]:
+        # Their statistics are in no state_dict: that is one of their faults, and no reason to lose a run.
+        modules = self.model.named_modules()
+        return [(name, layer) for name, layer in modules if isinstance(layer, HandwrittenBatchNorm)]
 
     def _check_optimizer(self) -> None:
         # torch takes any shapes here, and its fused kernel then reads and writes beyond their end.
