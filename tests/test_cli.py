@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from batchnorm import cli
 from batchnorm.cli import run
 
 SHARED_DATA = Path(os.environ.get("BATCHNORM_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -108,6 +110,55 @@ def test_compare_prints_a_table_and_writes_it(tmp_path: Path, capsys: pytest.Cap
     assert len(json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]) == 2
 
 
+BENCH = ["bench", "--seconds", "0.0001", "--threads", "1", "--shapes"]
+
+
+def test_bench_prints_tables_and_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--json", "bench.json", "--plot", "bench.png"]
+    assert run([*BENCH, "2x3x4x4,500x100", "--no-nets", *files]) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    rows = [line.split() for line in lines if line.startswith(("  2x3x4x4 ", "  500x100 "))]
+    assert [row[0] for row in rows] == ["2x3x4x4", "500x100"] * 4 + ["2x3x4x4"] * 2
+    assert all(float(number.replace(",", "")) > 0 for row in rows for number in row[1:])
+    assert {len(row) for row in rows} == {9}
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert report["nets"] is None
+    assert report["threads"] == 1
+    for row, result in zip(rows, report["results"], strict=True):
+        milliseconds = [result["timings"][name]["ms"] for name in ("torch.nn", "batchnorm", "floor")]
+        assert [float(number) for number in row[1:4]] == pytest.approx(milliseconds, rel=0.05, abs=1e-4)
+        assert row[4] == f"{milliseconds[0] / milliseconds[1]:.2f}"
+        assert row[5] == f"{milliseconds[1] / milliseconds[2]:.2f}"
+        saved = result["saved_bytes"]
+        assert float(row[6]) == pytest.approx(saved["torch.nn"] / 1024, abs=0.51)
+    summary = next(line.split() for line in lines if line.startswith("  forward+backward residual relu  "))
+    means = report["speedups"]["forward+backward residual relu"]
+    assert summary[3:6] == [f"{means['mean']:.2f}", "1", f"{means['worst']:.2f}"]
+    assert max(len(line) for line in lines if not line.startswith(("floor", "no ", "medians"))) <= 80
+    assert "cores" in lines[-1]
+    assert lines[-1].endswith("1 thread")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bench.json", "bench.png"]
+
+
+def test_bench_of_nets_and_without_a_compiler(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = partial(cli.measure_nets, stack_size=4, batch=2, image_size=32, width=2)
+    monkeypatch.setattr(cli, "measure_nets", small)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert run([*BENCH, "4x6", "--cases", "forward", "--compile", "--json", "bench.json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "torch.compile is left out: there is no C++ compiler (CXX, g++ or clang++)"
+    nets = json.loads((tmp_path / "bench.json").read_text())["nets"]
+    saved = next(line.split() for line in lines if line.startswith("  torch.nn "))
+    assert float(saved[1]) == pytest.approx(nets["saved_bytes"]["torch.nn"] / 1024, abs=0.51)
+    assert any(line.split()[:3] == ["without", "batch", "norm"] for line in lines)
+    assert any(line.startswith("no forward+backward of a shape of 1,000,000 elements") for line in lines)
+
+
 @needs_shared_data
 def test_trains_on_a_slice_of_fashion_mnist(tmp_path: Path) -> None:
     options = [
@@ -167,6 +218,17 @@ def wrong(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["compare", "--norms", ","], "one norm or more"),
         (["compare", "--norms", "torch,torch"], "each once"),
         (["compare", "--seeds", "0"], "1 seed or more"),
+        (["bench", "--shapes", "4x6,vgg"], "unknown shape 'vgg': expected one of resnet50, lenet"),
+        (["bench", "--shapes", "1x6"], "no more than one value per channel"),
+        (["bench", "--cases", "backward"], "unknown case 'backward': expected one of forward"),
+        (["bench", "--cases", ""], "--cases is empty"),
+        (["bench", "--shapes", "4x6", "--cases", "forward+backward channels_last"], "needs a 4D or 5D"),
+        (["bench", "--seconds", "0"], "seconds 0.0 must be above 0"),
+        (["bench", "--seconds", "nan"], "seconds nan must be above 0"),
+        (["bench", "--seconds", "soon"], "--seconds"),
+        (["bench", "--threads", "0"], "threads 0 must be from 1 to 1024"),
+        (["bench", "--json", "absent/bench.json"], "--json absent/bench.json cannot be written"),
+        (["bench", "--plot", "."], "--plot . cannot be written"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -278,6 +340,7 @@ def test_help_names_every_command_and_choice() -> None:
     printed = subprocess.run([*command, "--help"], check=True, capture_output=True, text=True).stdout
     assert "train" in printed
     assert "compare" in printed
+    assert "bench" in printed
     printed = subprocess.run([*command, "train", "--help"], check=True, capture_output=True, text=True).stdout
     for name in ("fashion-mnist", "handwritten", "fast", "--tutorial-protocol", "--resume", "bfloat16"):
         assert name in printed

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import statistics
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -18,7 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from batchnorm.kernels.reference import ACTIVATIONS
+from batchnorm.lab import bench as benchmark
 from batchnorm.lab import figures
+from batchnorm.lab.bench import CASES, COMPILED, FLOOR, OURS, SHAPES, TORCH, Result, shape_name
+from batchnorm.lab.bench_nets import Nets, measure_nets
 from batchnorm.lab.compare import Comparison
 from batchnorm.lab.compare import compare as run_comparison
 from batchnorm.lab.data import DATASETS
@@ -29,6 +36,13 @@ from batchnorm.lab.run_folder import RunFolder, RunFolderError, default_output, 
 from batchnorm.lab.train import EpochResult, Training, load_dataset
 
 INTERRUPTED = 130
+
+_MOST_THREADS = 1024
+# A step of a network takes longer than a layer's.
+_NET_SECONDS = 10
+
+# What `bench` times, as the headings of its tables have it.
+_TIMED = {TORCH: "ms,\ntorch\n.nn", COMPILED: "ms,\ncom-\npiled", OURS: "ms,\nours", FLOOR: "ms,\nfloor"}
 
 app = typer.Typer(
     name="batchnorm",
@@ -233,6 +247,177 @@ def _comparison_table(result: Comparison) -> Table:
             f"{row.memory.graph_nodes:.0f}",
         )
     return table
+
+
+@app.command()
+def bench(
+    shapes: Annotated[
+        str, typer.Option(help=f"Comma-separated, of {_names(SHAPES)}, or shapes such as 32x64x56x56.")
+    ] = ",".join(SHAPES),
+    cases: Annotated[str, typer.Option(help=f"Comma-separated, of {_names(CASES)}.")] = ",".join(CASES),
+    seconds: Annotated[float, typer.Option(help="Time for each shape and case.")] = 1.0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.  [default: torch's]")] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile/--no-compile", help="Time torch.compile too; seconds per shape to compile."),
+    ] = False,
+    nets: Annotated[bool, typer.Option(help="Measure whole networks too.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for all that was measured.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="File for a picture, PNG.")] = None,
+) -> None:
+    """Time the layers beside torch.nn's and a plain copy, in turn, and count what they save for backward."""
+    pairs = benchmark.pairs(benchmark.parse_cases(cases), benchmark.parse_shapes(shapes))
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"seconds {seconds} must be above 0 and finite")
+    _check_file("--json", json_file)
+    _check_file("--plot", plot)
+    if threads is not None:
+        _set_threads(threads)
+    if compiled and not benchmark.has_cpp_compiler():
+        out.print("torch.compile is left out: there is no C++ compiler (CXX, g++ or clang++)")
+        compiled = False
+    with _progress(len(pairs) + nets, "shapes and cases") as on_steps:
+        results = benchmark.bench(pairs, seconds, compiled=compiled, on_steps=on_steps)
+        measured_nets = measure_nets(_NET_SECONDS * seconds) if nets else None
+        on_steps(nets)
+    _print_bench(results, measured_nets)
+    if json_file is not None:
+        report = benchmark.report(results, seconds)
+        report["nets"] = None if measured_nets is None else measured_nets.as_dict()
+        write_atomically(json_file, (json.dumps(report, indent=2) + "\n").encode())
+    if plot is not None:
+        write_atomically(plot, figures.layer_speeds(results))
+
+
+def _check_file(option: str, path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise ValueError(f"{option} {path} cannot be written: give a file in a folder that can be written to")
+
+
+def _set_threads(threads: int) -> None:
+    if not 1 <= threads <= _MOST_THREADS:
+        raise ValueError(f"threads {threads} must be from 1 to {_MOST_THREADS}")
+    torch.set_num_threads(threads)
+
+
+def _print_bench(results: Sequence[Result], nets: Nets | None) -> None:
+    for case in dict.fromkeys(result.case for result in results):
+        out.print(_case_table(case, [result for result in results if result.case == case]))
+    if nets is not None:
+        out.print(*_nets_tables(nets), sep="\n")
+    out.print(_summary_table(results))
+    out.print(
+        "floor: x.clone(), with backward x + gradient too; saved: what a layer keeps, its input included"
+    )
+    out.print(_floor_line(results))
+    for note, count in Counter(result.note for result in results if result.note).items():
+        out.print(f"{note} ({count} of {len(results)})")
+    out.print(_rounds_line(results))
+    threads = torch.get_num_threads()
+    out.print(f"{machine_line()}, {threads} thread{'s' if threads > 1 else ''}")
+
+
+def _case_table(case: str, results: Sequence[Result]) -> Table:
+    timed = [name for name in _TIMED if any(name in result.timings for result in results)]
+    table = _table(
+        case,
+        "shape",
+        *(_TIMED[name] for name in timed),
+        *(
+            "torch/\nours",
+            "ours/\nfloor",
+            "KiB\nsaved,\ntorch",
+            "KiB\nsaved,\nours",
+            "ours/\ntorch",
+        ),
+        tight=COMPILED in timed,
+    )
+    for result in results:
+        saved = result.saved_bytes
+        table.add_row(
+            shape_name(result.shape),
+            *(_ms(result.timings[name].ms) if name in result.timings else "-" for name in timed),
+            f"{result.speedup:.2f}",
+            f"{result.over_floor:.2f}",
+            _kib(saved[TORCH]),
+            _kib(saved[OURS]),
+            f"{result.saved_ratio:.2f}",
+        )
+    return table
+
+
+def _nets_tables(nets: Nets) -> tuple[Table, Table]:
+    stack = _table(
+        f"8 x (3x3 convolution, batch norm, ReLU) on {shape_name(nets.stack_shape)}",
+        "",
+        "KiB saved\nfor backward",
+        "of torch.nn's",
+    )
+    for name, saved in nets.saved_bytes.items():
+        stack.add_row(name, _kib(saved), f"{nets.saved_ratio(name):.2f}")
+    steps = _table(
+        f"ResNet-18, forward+backward on {shape_name(nets.images_shape)}", "", "ms", "of the time\nwithout"
+    )
+    for name, timing in nets.steps.items():
+        steps.add_row(name, _ms(timing.ms), f"{nets.step_ratio(name):.2f}")
+    return stack, steps
+
+
+def _summary_table(results: Sequence[Result]) -> Table:
+    table = _table(
+        "torch.nn's time / ours: above 1 ours is faster",
+        "case",
+        f"mean¹,\n{benchmark.LARGE:,}\nelements\nand more",
+        "shapes",
+        "worst\nof all",
+        "on",
+        caption="¹ geometric",
+    )
+    for case, summary in benchmark.speedups(results).items():
+        mean = "-" if summary.mean is None else f"{summary.mean:.2f}"
+        worst = f"{summary.worst:.2f}"
+        table.add_row(case, mean, str(summary.shapes), worst, shape_name(summary.worst_shape))
+    return table
+
+
+def _floor_line(results: Sequence[Result]) -> str:
+    summary = benchmark.over_floor(results)
+    if summary is None:
+        return f"no forward+backward of a shape of {benchmark.HUGE:,} elements to hold against the floor"
+    return (
+        f"forward+backward, ours / floor, for {benchmark.HUGE:,} elements and more ({summary.shapes} of the "
+        f"shapes): geometric mean {summary.mean:.2f}, worst {summary.worst:.2f} on "
+        f"{shape_name(summary.worst_shape)}"
+    )
+
+
+def _rounds_line(results: Sequence[Result]) -> str:
+    timings = [timing for result in results for timing in result.timings.values()]
+    rounds = [timing.rounds for timing in timings]
+    spread = statistics.median(timing.spread_ms / timing.ms for timing in timings)
+    return (
+        f"medians of {min(rounds)} to {max(rounds)} rounds, in turn; the interquartile range is typically "
+        f"{spread:.0%} of the median"
+    )
+
+
+def _table(title: str, first: str, *others: str, caption: str | None = None, tight: bool = False) -> Table:
+    padding = (0, 0, 0, 0 if tight else 1)
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=padding)
+    lines = max(heading.count("\n") for heading in others)
+    table.add_column("\n" * lines + first, no_wrap=True)
+    for heading in others:
+        table.add_column("\n" * (lines - heading.count("\n")) + heading, justify="right", no_wrap=True)
+    return table
+
+
+def _ms(ms: float) -> str:
+    """Three digits or so, in at most six characters."""
+    return f"{ms:.4f}" if ms < 0.1 else f"{ms:.3f}" if ms < 10 else f"{ms:.1f}"
+
+
+def _kib(size: int) -> str:
+    return f"{size / 1024:,.0f}" if size >= 10 * 1024 else f"{size / 1024:.1f}"
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -149,15 +149,26 @@ def normalize(
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError("training=False normalises by running_mean and running_var: pass both")
-        kernel = choose(x, weight, bias, running_mean, running_var)
+        kernel = choose(x, channel_dim, weight, bias, running_mean, running_var, residual=residual)
         if running_mean.requires_grad or running_var.requires_grad:
             kernel = reference  # the only one that is differentiable in them
-        y = kernel.inference(x, running_mean, running_var, weight, bias, eps=eps, channel_dim=channel_dim)
-        return finish(y, activation, residual), None
+        y = kernel.inference(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            eps=eps,
+            channel_dim=channel_dim,
+            activation=activation,
+            residual=residual,
+        )
+        return y, None
     if mask is None and renorm is None and (ghost_batch_size is None or ghost_batch_size >= x.shape[0]):
-        kernel = choose(x, weight, bias)
-        y, moments = kernel.training(x, weight, bias, eps=eps, channel_dim=channel_dim)
-        return finish(y, activation, residual), moments
+        kernel = choose(x, channel_dim, weight, bias, residual=residual)
+        return kernel.training(
+            x, weight, bias, eps=eps, channel_dim=channel_dim, activation=activation, residual=residual
+        )
 
     def normalize_part(part: Part) -> tuple[Tensor, Moments]:
         batch = take(part.x, part.reduced, part.mask)
@@ -171,11 +182,4 @@ def normalize(
         return reference.apply(part.x, batch.mean, scale, shift, part.axes), batch
 
     y, moments = each_virtual_batch(normalize_part, x, mask, ghost_batch_size, channel_dim)
-    return finish(y, activation, residual), moments
-
-
-def finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
-    """`activation(y + residual)`."""
-    if residual is not None:
-        y = y + residual
-    return y if activation is None else reference.ACTIVATIONS[activation](y)
+    return reference.finish(y, activation, residual), moments

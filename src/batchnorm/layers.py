@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from batchnorm import checks, functional, running
 from batchnorm.context import under_transform
-from batchnorm.kernels import native
+from batchnorm.kernels import choose, reference
 from batchnorm.kernels.reference import ACTIVATIONS
 from batchnorm.moments import Moments
 from batchnorm.names import describe
@@ -142,10 +143,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """
         channel_dim = self._check_input(x, residual, mask)
         if self.training and mask is None and self._moves_as_torch():
-            y = self._forward_native(x, channel_dim)
-            if y is not None:
-                plain = residual is None and self.activation is None
-                return y if plain else functional.finish(y, self.activation, residual)
+            kernel = choose(x, channel_dim, self.weight, self.running_mean, residual=residual, moving=True)
+            if kernel is not reference:
+                return self._forward_moving(kernel, x, residual, channel_dim)
         return self._forward_any(x, residual, mask, channel_dim)
 
     def _moves_as_torch(self) -> bool:
@@ -157,18 +157,17 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             and not self.skip_nonfinite
         )
 
-    def _forward_native(self, x: Tensor, channel_dim: int) -> Tensor | None:
-        """By torch's operator, which moves the running statistics itself; None where it cannot."""
-        compiling = torch.compiler.is_compiling()
-        weight, mean, var = self.weight, self.running_mean, self.running_var
-        if not native.supports(x, weight, mean) or (not compiling and under_transform()):
-            return None
+    def _forward_moving(
+        self, kernel: ModuleType, x: Tensor, residual: Tensor | None, channel_dim: int
+    ) -> Tensor:
+        """By a kernel that moves the running statistics itself."""
+        mean, var = self.running_mean, self.running_var
         if running.moves(True, self.track_running_stats):
             num_batches_tracked = self.num_batches_tracked
             if num_batches_tracked is not None:
                 num_batches_tracked.add_(1)
-            if mean is not None and var is not None and not compiling:
-                # The operator saves them for a backward that does not read them. Under version counters
+            if mean is not None and var is not None and not torch.compiler.is_compiling():
+                # torch's operator saves them for a backward that does not read them. Under version counters
                 # of their own, DDP may overwrite the buffers before that backward (pytorch#65907).
                 mean, var = mean.data, var.data
         elif mean is not None and var is not None and self.track_running_stats:
@@ -176,8 +175,18 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             mean, var = mean.clone(), var.clone()
         else:
             mean = var = None
-        momentum = 0.0 if self.momentum is None else self.momentum
-        return native.call(x, weight, self.bias, mean, var, True, momentum, self.eps, channel_dim)
+        return kernel.training_and_moving(
+            x,
+            self.weight,
+            self.bias,
+            mean,
+            var,
+            momentum=0.0 if self.momentum is None else self.momentum,
+            eps=self.eps,
+            channel_dim=channel_dim,
+            activation=self.activation,
+            residual=residual,
+        )
 
     def _forward_any(
         self, x: Tensor, residual: Tensor | None, mask: Tensor | None, channel_dim: int

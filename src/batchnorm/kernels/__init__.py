@@ -8,15 +8,26 @@ import torch
 from torch import Tensor
 
 from batchnorm.context import under_transform
-from batchnorm.kernels import native, reference
+from batchnorm.kernels import cpu, native, reference
 
 
-def choose(x: Tensor, *parameters: Tensor | None) -> ModuleType:
+def choose(
+    x: Tensor,
+    channel_dim: int,
+    *parameters: Tensor | None,
+    residual: Tensor | None = None,
+    moving: bool = False,
+) -> ModuleType:
     """The fastest kernel that takes `x` and its per-channel tensors where this code is running.
 
-    Every kernel module has `training` and `inference`, with the signatures and results of `reference`.
+    Every kernel module has `training` and `inference`, with the signatures and results of `reference`; all but
+    `reference` have `training_and_moving`, for callers that ask for a `moving` one.
     """
-    # torch's operator writes into its statistics, which vmap forbids; a compiler fuses plain torch itself.
-    if torch.compiler.is_compiling() or under_transform():
-        return reference
+    if torch.compiler.is_compiling():
+        # A compiler fuses plain torch itself; of torch's operator it knows how to move the statistics.
+        return native if moving and native.supports(x, *parameters) else reference
+    if under_transform():
+        return reference  # the only one that vmap, jvp and their like can look into
+    if cpu.supports(x, channel_dim, parameters, residual):
+        return cpu
     return native if native.supports(x, *parameters) else reference

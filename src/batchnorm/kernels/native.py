@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.checks import statistics_dtype
+from batchnorm.kernels.reference import finish
 from batchnorm.moments import Moments, count_dtype
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -24,7 +25,14 @@ def supports(x: Tensor, *parameters: Tensor | None) -> bool:
 
 
 def training(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, channel_dim: int
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    channel_dim: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
     """As `reference.training`."""
     size = x.shape[channel_dim]
@@ -32,9 +40,9 @@ def training(
     mean = torch.zeros(size, dtype=statistics_dtype(x), device=x.device)
     var = torch.ones_like(mean)
     # A running average with momentum 1 is the batch's own mean and unbiased variance.
-    y = call(x, weight, bias, mean, var, True, 1.0, eps, channel_dim)
+    y = _call(x, weight, bias, mean, var, True, 1.0, eps, channel_dim)
     count = torch.full((), values, dtype=count_dtype(x), device=x.device)
-    return y, Moments(count, mean, var * (values - 1))
+    return finish(y, activation, residual), Moments(count, mean, var * (values - 1))
 
 
 def inference(
@@ -46,12 +54,33 @@ def inference(
     *,
     eps: float,
     channel_dim: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """As `reference.inference`."""
-    return call(x, weight, bias, running_mean, running_var, False, 0.0, eps, channel_dim)
+    y = _call(x, weight, bias, running_mean, running_var, False, 0.0, eps, channel_dim)
+    return finish(y, activation, residual)
 
 
-def call(
+def training_and_moving(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    momentum: float,
+    eps: float,
+    channel_dim: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """As `training`, and moves the running statistics in place."""
+    y = _call(x, weight, bias, running_mean, running_var, True, momentum, eps, channel_dim)
+    return y if activation is None and residual is None else finish(y, activation, residual)
+
+
+def _call(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -60,7 +89,7 @@ def call(
     training: bool,
     momentum: float,
     eps: float,
-    channel_dim: int = 1,
+    channel_dim: int,
 ) -> Tensor:
     """`torch.batch_norm` for channels along any dimension; moves the running statistics when training."""
     if channel_dim == 1:

@@ -28,12 +28,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def training(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, channel_dim: int
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    channel_dim: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
-    """`(x - mean) / sqrt(var + eps) * weight + bias` by the moments of `x`, and those moments."""
+    """`activation((x - mean) / sqrt(var + eps) * weight + bias + residual)` by the moments of `x`, and those."""
     moments = take(x, tuple(dim for dim in range(x.ndim) if dim != channel_dim))
     scale, shift = scale_and_shift(moments.var(), weight, bias, eps)
-    return apply(x, moments.mean, scale, shift, (channel_dim,)), moments
+    y = apply(x, moments.mean, scale, shift, (channel_dim,))
+    return finish(y, activation, residual), moments
 
 
 def inference(
@@ -45,12 +53,14 @@ def inference(
     *,
     eps: float,
     channel_dim: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`(x - running_mean) / sqrt(running_var + eps) * weight + bias`."""
+    """`activation((x - running_mean) / sqrt(running_var + eps) * weight + bias + residual)`."""
     # A half precision model keeps half precision statistics, in which eps may be nothing.
     dtype = torch.promote_types(running_var.dtype, statistics_dtype(x))
     scale, shift = scale_and_shift(running_var.to(dtype), weight, bias, eps)
-    return apply(x, running_mean, scale, shift, (channel_dim,))
+    return finish(apply(x, running_mean, scale, shift, (channel_dim,)), activation, residual)
 
 
 def scale_and_shift(
@@ -72,6 +82,13 @@ def apply(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None, axes: tu
     if shift is not None:
         y = y + _along(shift, x, axes)
     return y.to(x.dtype)
+
+
+def finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
+    """`activation(y + residual)`."""
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else ACTIVATIONS[activation](y)
 
 
 def _along(values: Tensor, x: Tensor, axes: tuple[int, ...]) -> Tensor:

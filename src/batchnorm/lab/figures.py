@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 if TYPE_CHECKING:
+    from batchnorm.lab.bench import Result
     from batchnorm.lab.compare import Comparison
     from batchnorm.lab.recipes import Config
     from batchnorm.lab.train import EpochResult
 
 # Okabe & Ito's palette, told apart by colour-blind readers too.
 _COLORS = {"none": "#999999", "handwritten": "#D55E00", "torch": "#0072B2", "batchnorm": "#009E73"}
+# Marker and color of what is timed beside torch.nn's layer.
+_CONTENDERS = {
+    "torch.compile": ("^", "#D55E00"),
+    "floor": ("|", "#555555"),
+    "batchnorm": ("o", _COLORS["batchnorm"]),
+}
 
 
 def training_curves(config: Config, history: Sequence[EpochResult]) -> bytes:
@@ -81,6 +89,42 @@ def comparison(result: Comparison) -> bytes:
     figure.suptitle(
         f"LeNet on {config.data}, batch {config.batch_size}, {config.epochs} epochs, {result.seeds} seeds"
     )
+    return _png(figure)
+
+
+def layer_speeds(results: Sequence[Result]) -> bytes:
+    """Time of each contender relative to torch.nn's, a panel per case and a row per shape."""
+    cases = list(dict.fromkeys(result.case for result in results))
+    shapes = list(dict.fromkeys(result.shape for result in results))
+    shapes.sort(key=lambda shape: (math.prod(shape), shape))
+    figure = Figure(figsize=(3 + 2.4 * len(cases), 2 + 0.2 * len(shapes)), layout="constrained")
+    panels = figure.subplots(1, len(cases), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, case in zip(panels, cases, strict=True):
+        axes.axvline(1, color=_COLORS["torch"], linewidth=1.5, label="torch.nn")
+        for name, (marker, color) in _CONTENDERS.items():
+            ratios = [
+                (result.timings[name].ms / result.timings["torch.nn"].ms, shapes.index(result.shape))
+                for result in results
+                if result.case == case and name in result.timings
+            ]
+            if ratios:
+                axes.plot(*zip(*ratios, strict=True), marker, color=color, label=name, markersize=5)
+        axes.set_title(case.replace("forward+backward ", "forward+backward\n"), fontsize=10)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_yticks(range(len(shapes)), ["x".join(map(str, shape)) for shape in shapes], fontsize=8)
+        axes.set_ylim(-0.7, len(shapes) - 0.3)
+        _tidy(axes)
+    figure.supxlabel("time relative to torch.nn's (left is faster; floor: a plain copy)", fontsize=10)
+    handles = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=4, frameon=False)
     return _png(figure)
 
 

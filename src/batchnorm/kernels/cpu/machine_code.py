@@ -1,0 +1,145 @@
+"""Machine code of the kernels: compiled by Numba once, kept on disk, and loaded without Numba ever after.
+
+Numba's own cache has to import Numba and set up its types first, a second in every process; what is kept here is
+object code, which loads in milliseconds. A file carries a digest of its content and its name says everything that
+the code depends on, so one that is cut short, altered or out of date is compiled again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import llvmlite.binding as llvm
+
+_ENTRY = "batchnorm_entry"
+_lock = Lock()
+_engines: list[Any] = []  # code lives as long as the engine that loaded it
+
+
+def load(name: str, build: Callable[[], tuple[Any, Callable[..., None]]], symbols: dict[str, int]) -> int:
+    """The address of a C function, compiled now if the cache folder does not have it.
+
+    Args:
+        name: what tells this function from the others.
+        build: makes its Numba signature and the function to compile.
+        symbols: addresses of the outside functions that it calls, by name.
+    """
+    with _lock:
+        path = cache_folder() / f"{name}-{_fingerprint()}.o"
+        code = _read(path)
+        if code is None:
+            code = _compile(*build())
+            _write(path, code)
+        for symbol, address in symbols.items():
+            llvm.add_symbol(symbol, address)
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        _engines.append(engine)
+        return int(engine.get_function_address(_ENTRY))
+
+
+def cache_folder() -> Path:
+    """Where machine code is kept: $BATCHNORM_CACHE, or a folder in the user's own cache."""
+    chosen = os.environ.get("BATCHNORM_CACHE")
+    if chosen:
+        return Path(chosen)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA", "~/AppData/Local")
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "batchnorm" / "kernels"
+
+
+@cache
+def _fingerprint() -> str:
+    """A digest of the kernels' sources, the compiler and the processor."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    for part in (version("numba"), version("llvmlite"), llvm.get_host_cpu_name(), _features()):
+        digest.update(part.encode())
+    return digest.hexdigest()[:32]
+
+
+def _compile(signature: Any, function: Callable[..., None]) -> bytes:
+    """Object code of the function, under the name `batchnorm_entry`."""
+    from numba import cfunc  # only here: importing it takes a third of a second
+
+    compiled = cfunc(signature, error_model="numpy")(getattr(function, "py_func", function))
+    inner = compiled.native_name.removeprefix("cfunc.")
+    module = llvm.parse_assembly(compiled.inspect_llvm() + _entry(signature, inner))
+    module.verify()
+    # What is left besides the entry is Numba's own wrapper, which needs Numba's runtime: let it go.
+    for other in module.functions:
+        if not other.is_declaration and other.name != _ENTRY:
+            other.linkage = "internal"
+    machine = _target_machine()
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+    passes.getModulePassManager().run(module, passes)
+    return bytes(machine.emit_object(module))
+
+
+def _entry(signature: Any, inner: str) -> str:
+    """A C function around the one that Numba makes, which returns a status and takes places for results."""
+    kinds = [_LLVM_TYPES.get(str(argument), "ptr") for argument in signature.args]
+    parameters = ", ".join(f"{kind} %a{i}" for i, kind in enumerate(kinds))
+    return f"""
+define void @{_ENTRY}({parameters}) {{
+  %result = alloca ptr
+  %exception = alloca ptr
+  %status = call i32 @"{inner}"(ptr %result, ptr %exception, {parameters})
+  ret void
+}}
+"""
+
+
+_LLVM_TYPES = {"int64": "i64", "float32": "float", "float64": "double"}
+
+
+@cache
+def _target_machine() -> Any:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    target = llvm.Target.from_default_triple()
+    return target.create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=_features(), opt=3, reloc="pic", codemodel="default", jit=True
+    )
+
+
+def _features() -> str:
+    return str(llvm.get_host_cpu_features().flatten())
+
+
+def _read(path: Path) -> bytes | None:
+    with contextlib.suppress(OSError):
+        content = path.read_bytes()
+        digest, code = content[:32], content[32:]
+        if hashlib.sha256(code).digest() == digest:
+            return code
+    return None
+
+
+def _write(path: Path, code: bytes) -> None:
+    # A folder that cannot be written costs time in the next process, nothing else.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+        try:
+            temporary.write_bytes(hashlib.sha256(code).digest() + code)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

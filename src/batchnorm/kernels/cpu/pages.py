@@ -1,0 +1,36 @@
+"""Memory for large outputs in huge pages, so that the first write to it does not take a fault every 4 KiB."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HUGE = 2 * 1024 * 1024
+# glibc maps blocks above this size anew each time, and gives them back when they are freed.
+_LARGE = 8 * 1024 * 1024
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """As `torch.empty_like`; a large tensor is advised to be in huge pages where the system has them."""
+    y = torch.empty_like(x)
+    size = y.numel() * y.element_size()
+    if size >= _LARGE and (madvise := _madvise()) is not None:
+        start = -(-y.data_ptr() // _HUGE) * _HUGE
+        end = (y.data_ptr() + size) // _HUGE * _HUGE
+        madvise(start, end - start, mmap.MADV_HUGEPAGE)  # advice: where it is refused nothing changes
+    return y
+
+
+@cache
+def _madvise() -> Any:
+    if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function

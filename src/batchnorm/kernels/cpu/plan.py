@@ -1,0 +1,152 @@
+"""How the CPU kernels go about a tensor: its layout, its cut into parts, and the compiled functions it needs."""
+
+from __future__ import annotations
+
+import math
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from batchnorm.kernels.cpu import machine_code, team
+
+DTYPES = (torch.float32, torch.float64)
+
+# Shorter runs of a channel are taken in groups of channels.
+_SHORT_RUN = 128
+_GROUP_COLUMNS = 1024
+# What a tile of channels may fill of each tensor: with the others, half of a second-level cache.
+_TILE_BYTES = 128 * 1024
+# Rows of fewer channels are taken several at a time.
+_WIDE_ROW = 64
+
+
+class Plan(NamedTuple):
+    """What a call needs to know besides its tensors.
+
+    Attributes:
+        kind: "slabs" (samples, channels, positions), "groups" (the same with short runs) or "rows".
+        shape: samples, channels and positions; for rows, positions is how many make a wide row.
+        cut: channels per tile, parts of the samples, parts of the positions.
+        threads: size of the team.
+        work: float64 numbers of scratch memory, forward and backward alike.
+        scratch: how many of them come before the numbers in the tensor's dtype.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    shape: tuple[int, int, int]
+    cut: tuple[int, int, int]
+    threads: int
+    work: int
+    scratch: int
+
+    def kernel(self, name: str) -> int:
+        """Address of the kernel "forward" or "backward"."""
+        return _kernel(name, self.kind, self.dtype)
+
+    def function(self, name: str, *options: Any) -> int:
+        """Address of the innermost loop "apply", "reduce" or "gradient"."""
+        return function(name, "run" if self.kind == "slabs" else "rows", self.dtype, *options)
+
+    def run_function(self, name: str, *options: Any) -> int:
+        """The same for one run of a channel, whatever the kind."""
+        return function(name, "run", self.dtype, *options)
+
+
+@lru_cache(maxsize=4096)
+def plan(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, channel_dim: int, threads: int
+) -> Plan | None:
+    """The plan for a tensor, or None when its memory is neither contiguous nor channels last."""
+    channels, values = shape[channel_dim], math.prod(shape)
+    order = [dim for dim in range(len(shape)) if dim != channel_dim]
+    if _is_dense(shape, strides, [*order, channel_dim]):
+        return _rows(values // channels, channels, dtype, threads)
+    if not _is_dense(shape, strides, range(len(shape))):
+        return None
+    positions = math.prod(shape[channel_dim + 1 :])
+    samples = values // (channels * positions)
+    sample_parts, position_parts = _parts(samples, channels, positions, threads)
+    parts = sample_parts * position_parts
+    if positions <= _SHORT_RUN and parts == 1:
+        tile = max(1, min(_GROUP_COLUMNS // positions, -(-channels // threads)))
+        columns = tile * positions
+        return Plan(
+            "groups", dtype, (samples, channels, positions), (tile, 1, 1), threads,
+            2 * channels + 6 * columns * threads, 2 * channels,
+        )  # fmt: skip
+    tile = max(1, _TILE_BYTES // (samples * positions * dtype.itemsize))
+    return Plan(
+        "slabs", dtype, (samples, channels, positions), (tile, sample_parts, position_parts), threads,
+        5 * channels * parts, 5 * channels * parts,
+    )  # fmt: skip
+
+
+def _rows(rows: int, channels: int, dtype: torch.dtype, threads: int) -> Plan:
+    together = max(1, min(_WIDE_ROW // channels, rows))
+    columns = together * channels
+    found = threads * (2 * columns + 2)
+    return Plan(
+        "rows",
+        dtype,
+        (rows, channels, together),
+        (1, 1, 1),
+        threads,
+        found + columns * (6 + 3 * threads),
+        found,
+    )
+
+
+def _is_dense(shape: torch.Size, strides: tuple[int, ...], order: Any) -> bool:
+    """Whether the memory is filled without gaps when its dimensions are walked in this order."""
+    expected = 1
+    for dim in reversed(order):
+        if shape[dim] != 1 and strides[dim] != expected:
+            return False
+        expected *= shape[dim]
+    return True
+
+
+def _parts(samples: int, channels: int, positions: int, threads: int) -> tuple[int, int]:
+    """Into how many parts to cut samples and positions, where channels do not share out evenly."""
+    if channels % threads == 0 or channels >= 8 * threads:
+        return 1, 1
+    if samples % threads == 0 or samples >= 4 * threads:
+        return threads, 1
+    return 1, min(threads, positions)
+
+
+@cache
+def _kernel(name: str, kind: str, dtype: torch.dtype) -> int:
+    def build() -> Any:
+        import numpy as np
+        from numba import types
+
+        from batchnorm.kernels.cpu import groups, rows, slabs
+
+        module = {"slabs": slabs, "groups": groups, "rows": rows}[kind]
+        real = np.float32 if dtype == torch.float32 else np.float64
+        return types.void(types.voidptr), getattr(module, name)(real)
+
+    return machine_code.load(f"{name}-{kind}-{_name(dtype)}", build, team.symbols())
+
+
+@cache
+def function(name: str, shape: str, dtype: torch.dtype, *options: Any) -> int:
+    """Address of one of the functions of `runs.py`, for "run" or "rows"."""
+
+    def build() -> Any:
+        import numpy as np
+
+        from batchnorm.kernels.cpu import runs
+
+        real = np.float32 if dtype == torch.float32 else np.float64
+        return getattr(runs, f"{name}_{shape}")(real, *options)
+
+    name_parts = [name, shape, _name(dtype), *map(str, options)]
+    return machine_code.load("-".join(name_parts), build, {})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

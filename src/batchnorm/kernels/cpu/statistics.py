@@ -1,0 +1,85 @@
+"""What the CPU kernels for both memory layouts share: the struct they are given, and a channel's statistics."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import types
+
+from batchnorm.kernels.cpu.fields import (
+    BIAS, BY_BATCH, CHANNELS, EPS, GRAD_BIAS, GRAD_WEIGHT, INVSTD, M2, MEAN, MOMENTUM, RUNNING_MEAN, RUNNING_VAR,
+    SCALE, SHIFT, STATISTICS, WEIGHT, RUNNING,
+)  # fmt: skip
+from batchnorm.kernels.cpu.memory import at, fields_of, pointer
+from batchnorm.kernels.cpu.runs import loop
+
+thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
+num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+barrier = types.ExternalFunction("GOMP_barrier", types.void())
+
+
+@loop
+def merge(means, m2s, c, count, more, mean, m2):
+    """Add `more` values of this mean and m2 to a channel that has taken in `count` (Chan et al. 1979)."""
+    if count == 0:
+        means[c] = mean
+        m2s[c] = m2
+        return
+    both = count + more
+    d = mean - means[c]
+    # Not means[c] + d * share: after an infinite mean, d is NaN or infinite the other way.
+    means[c] = (means[c] * count + mean * more) / both
+    m2s[c] += m2 + d * d * (np.float64(count) * more / both)
+
+
+@loop
+def finish_statistics(raw, table, c, count, real):
+    """Scale, shift and invstd of channel c by its mean and m2, or by the running statistics; moves those."""
+    fields, numbers = fields_of(raw, np.int64), fields_of(raw, np.float64)
+    channels = fields[CHANNELS]
+    means, m2s = at(table, MEAN * channels), at(table, M2 * channels)
+    running_mean, running_var = pointer(fields[RUNNING_MEAN], real), pointer(fields[RUNNING_VAR], real)
+    if fields[STATISTICS] == RUNNING:
+        means[c] = running_mean[c]
+        var = np.float64(running_var[c])
+    else:
+        var = m2s[c] / count
+        if fields[RUNNING_MEAN] != 0:
+            momentum = numbers[MOMENTUM]
+            running_mean[c] = (1 - momentum) * running_mean[c] + momentum * means[c]
+            running_var[c] = (1 - momentum) * running_var[c] + momentum * (m2s[c] / (count - 1))
+    invstd = 1 / math.sqrt(var + numbers[EPS])
+    scale = invstd
+    if fields[WEIGHT] != 0:
+        scale *= pointer(fields[WEIGHT], real)[c]
+    shift = 0.0
+    if fields[BIAS] != 0:
+        shift = np.float64(pointer(fields[BIAS], real)[c])
+    # What the values' dtype cannot hold of the mean goes into the shift.
+    rest = means[c] - np.float64(real(means[c]))
+    at(table, INVSTD * channels)[c] = invstd
+    at(table, SCALE * channels)[c] = scale
+    at(table, SHIFT * channels)[c] = shift - rest * scale
+
+
+@loop
+def finish_gradient(raw, table, c, count, first, second, real):
+    """Gradients of weight and bias of channel c; `(by_grad, by_x, constant)` of the gradient of x.
+
+    `grad_x = scale * (grad_z - mean(grad_z) - xhat * mean(grad_z * xhat))` with `xhat = (x - mean) * invstd`.
+    """
+    fields = fields_of(raw, np.int64)
+    channels = fields[CHANNELS]
+    mean, invstd = at(table, MEAN * channels)[c], at(table, INVSTD * channels)[c]
+    rest = mean - np.float64(real(mean))
+    dot = second - rest * first
+    if fields[GRAD_WEIGHT] != 0:
+        pointer(fields[GRAD_WEIGHT], real)[c] = dot * invstd
+    if fields[GRAD_BIAS] != 0:
+        pointer(fields[GRAD_BIAS], real)[c] = first
+    scale = at(table, SCALE * channels)[c]
+    if fields[BY_BATCH] == 0:
+        return scale, 0.0, 0.0
+    by_x = -scale * invstd * invstd * (dot / count)
+    return scale, by_x, -scale * (first / count) - rest * by_x
