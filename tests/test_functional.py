@@ -10,7 +10,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from batchnorm import batch_norm, functional
-from batchnorm.kernels import native, reference
+from batchnorm.kernels import cpu, native, reference
 
 # Largest error as a share of the largest value of the oracle, which is given the same rounded inputs in
 # float64. float64: the order of sums. float32: some roundings of 6e-8, which the division by a small std
@@ -25,10 +25,13 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[reference, native], ids=["reference", "native"])
+@pytest.fixture(params=[reference, native, cpu], ids=["reference", "native", "cpu"])
 def kernel(request, monkeypatch):
     """Each of the kernels in turn, whatever the choice would be."""
-    monkeypatch.setattr(functional, "choose", lambda x, *parameters: request.param)
+    if request.param is cpu:
+        monkeypatch.setattr(cpu, "SMALLEST", 1)  # the choice by itself, where size does not decide
+    else:
+        monkeypatch.setattr(functional, "choose", lambda *tensors, **options: request.param)
     return request.param
 
 

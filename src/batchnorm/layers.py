@@ -161,30 +161,26 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         self, kernel: ModuleType, x: Tensor, residual: Tensor | None, channel_dim: int
     ) -> Tensor:
         """By a kernel that moves the running statistics itself."""
-        mean, var = self.running_mean, self.running_var
-        if running.moves(True, self.track_running_stats):
-            num_batches_tracked = self.num_batches_tracked
-            if num_batches_tracked is not None:
-                num_batches_tracked.add_(1)
-            if mean is not None and var is not None and not torch.compiler.is_compiling():
-                # torch's operator saves them for a backward that does not read them. Under version counters
-                # of their own, DDP may overwrite the buffers before that backward (pytorch#65907).
-                mean, var = mean.data, var.data
-        elif mean is not None and var is not None and self.track_running_stats:
-            # Run again by a checkpoint: it must save as many tensors as the first time, and move none.
-            mean, var = mean.clone(), var.clone()
-        else:
-            mean = var = None
+        buffers = self._buffers  # read here, because each look-up by nn.Module costs a microsecond
+        mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        if not running.moves(True, self.track_running_stats):
+            counter = None
+            if mean is not None and var is not None and self.track_running_stats:
+                # Run again by a checkpoint: it must save as many tensors as the first time, and move none.
+                mean, var = mean.clone(), var.clone()
+            else:
+                mean = var = None
         return kernel.training_and_moving(
             x,
             self.weight,
             self.bias,
             mean,
             var,
+            counter,
             momentum=0.0 if self.momentum is None else self.momentum,
             eps=self.eps,
             channel_dim=channel_dim,
-            activation=self.activation,
+            activation=self._activation,
             residual=residual,
         )
 

@@ -24,7 +24,7 @@ class _Recipe(NamedTuple):
     storage: StorageWeakRef
     version: int
     ingredients: tuple[_Stored, ...]
-    rebuild: Callable[[], Tensor]
+    rebuild: Callable[..., Tensor]
 
 
 class _Stored(NamedTuple):
@@ -56,9 +56,7 @@ class _Rebuilt(NamedTuple):
     offset: int
 
     def build(self) -> Tensor:
-        for ingredient in self.recipe.ingredients:
-            ingredient.unchanged()
-        whole = self.recipe.rebuild()
+        whole = self.recipe.rebuild(*[ingredient.unchanged() for ingredient in self.recipe.ingredients])
         if whole.shape == self.size and whole.stride() == self.stride and self.offset == 0:
             return whole
         return whole.as_strided(self.size, self.stride, self.offset)
@@ -84,7 +82,7 @@ def is_recording() -> bool:
     return getattr(_recording, "recipes", None) is not None
 
 
-def offer(y: Tensor, ingredients: tuple[Tensor, ...], rebuild: Callable[[], Tensor]) -> None:
+def offer(y: Tensor, ingredients: tuple[Tensor, ...], rebuild: Callable[..., Tensor]) -> None:
     """Let `y` be saved for backward as `rebuild`, which computes it from the ingredients.
 
     Not where an ingredient is itself an output with a recipe: rebuilding would go back layer after layer,

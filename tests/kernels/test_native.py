@@ -154,9 +154,11 @@ def test_the_third_derivative():
     assert gradgradcheck(gradient, (x,))
 
 
-def test_call_moves_the_statistics_it_is_given():
+def test_the_statistics_that_it_is_given_move():
     x, mean, var = torch.randn(5, 4, 3, dtype=torch.float64), torch.zeros(3).double(), torch.ones(3).double()
-    native.call(x, None, None, mean, var, True, 0.25, EPS, channel_dim=2)
+    counter = torch.tensor(7)
+    native.training_and_moving(x, None, None, mean, var, counter, momentum=0.25, eps=EPS, channel_dim=2)
+    assert counter == 8
     torch.testing.assert_close(mean, 0.25 * x.mean((0, 1)))
     torch.testing.assert_close(var, 0.75 + 0.25 * x.var((0, 1)))
 
@@ -187,17 +189,17 @@ def test_what_it_supports_works(dtype):
     kept = torch.ones(3, dtype=statistics_dtype(dtype))
     for x in (torch.randn(4, 3).to(dtype), torch.randn(4, 3, device="meta").to(dtype)):
         parameter = kept.to(x.device)
-        assert choose(x, parameter, parameter) is native
+        assert choose(x, 1, parameter, parameter) is native
         y, _ = native.training(x, parameter, parameter, eps=EPS, channel_dim=1)
         assert (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device)
 
 
 def test_the_choice():
     x, weight = torch.randn(4, 3), torch.ones(3)
-    assert choose(x) is native
-    assert choose(x, weight, None) is native
-    assert choose(x, weight.double()) is reference
-    assert choose(torch.empty(0, 3), weight) is reference
+    assert choose(x, 1) is native
+    assert choose(x, 1, weight, None) is native
+    assert choose(x, 1, weight.double()) is reference
+    assert choose(torch.empty(0, 3), 1, weight) is reference
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_a_transform_gets_the_reference(transform):
     chosen = []
 
     def function(x):
-        chosen.append(choose(x))
+        chosen.append(choose(x, 1))
         return x * 2
 
     transform(function)(torch.randn(4, 3, 2))
@@ -216,7 +218,7 @@ def test_a_transform_gets_the_reference(transform):
 
 def test_a_compiler_gets_the_reference():
     def function(x):
-        return x + (1 if choose(x) is reference else 2)
+        return x + (1 if choose(x, 1) is reference else 2)
 
     x = torch.zeros(4, 3)
     assert torch.equal(torch.compile(function, fullgraph=True, backend="eager")(x), x + 1)

@@ -68,6 +68,7 @@ def training_and_moving(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
     *,
     momentum: float,
     eps: float,
@@ -76,6 +77,12 @@ def training_and_moving(
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `training`, and moves the running statistics in place."""
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if running_mean is not None and running_var is not None and not torch.compiler.is_compiling():
+        # The operator saves them for a backward that does not read them. Under version counters of their
+        # own, DDP may overwrite the buffers before that backward (pytorch#65907).
+        running_mean, running_var = running_mean.data, running_var.data
     y = _call(x, weight, bias, running_mean, running_var, True, momentum, eps, channel_dim)
     return y if activation is None and residual is None else finish(y, activation, residual)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import struct
+import threading
 import warnings
+from copy import copy
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +30,10 @@ _SLOPE_FROM_OUTPUT = frozenset({"relu", "relu6", "leaky_relu"})
 _COSTLY = frozenset({"elu", "gelu", "silu", "mish", "sigmoid", "tanh"})
 _PLAIN_TYPES = (Tensor, nn.Parameter)
 
+# For fewer values torch's operator is done before an autograd function in Python has begun (`batchnorm bench`).
+SMALLEST = 32768
+
 _pack = struct.Struct(f.FORMAT).pack
-
-
-class _Options(NamedTuple):
-    plan: Plan
-    channel_dim: int
-    eps: float
-    momentum: float
-    statistics: int
-    activation: str | None
 
 
 def supports(
@@ -50,7 +46,7 @@ def supports(
         or not x.is_cpu
         or type(x) not in _PLAIN_TYPES
         or x.layout is not torch.strided
-        or x.numel() == 0
+        or x.numel() < max(SMALLEST, 1)
         or x.is_neg()
     ):
         return False
@@ -107,11 +103,10 @@ def training(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
     """As `reference.training`."""
-    y, table = _normalise(
-        x, weight, bias, residual, None, None, f.OF_BATCH, eps, 0.0, channel_dim, activation
-    )
-    count = torch.full((), x.numel() // x.shape[channel_dim], dtype=torch.float64)
-    return y, Moments(count, table[f.MEAN], table[f.M2])
+    call = _Call(x, channel_dim, f.OF_BATCH, eps, activation, residual)
+    y = call.run(x, weight, bias, residual)
+    count = torch.full((), x.numel() // call.plan.channels, dtype=torch.float64)
+    return y, Moments(count, call.table[f.MEAN], call.table[f.M2])
 
 
 def inference(
@@ -127,10 +122,9 @@ def inference(
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `reference.inference`."""
-    y, _ = _normalise(
-        x, weight, bias, residual, running_mean, running_var, f.RUNNING, eps, 0.0, channel_dim, activation
-    )
-    return y
+    call = _Call(x, channel_dim, f.RUNNING, eps, activation, residual)
+    call.running = running_mean.data_ptr(), running_var.data_ptr(), 0, 0.0
+    return call.run(x, weight, bias, residual)
 
 
 def training_and_moving(
@@ -139,6 +133,7 @@ def training_and_moving(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
     *,
     momentum: float,
     eps: float,
@@ -147,49 +142,150 @@ def training_and_moving(
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `training`, and moves the running statistics in place."""
-    y, _ = _normalise(
-        x,
-        weight,
-        bias,
-        residual,
-        running_mean,
-        running_var,
-        f.OF_BATCH,
-        eps,
-        momentum,
-        channel_dim,
-        activation,
-    )
-    return y
+    call = _Call(x, channel_dim, f.OF_BATCH, eps, activation, residual)
+    if running_mean is not None and running_var is not None:
+        counter = 0 if num_batches_tracked is None else num_batches_tracked.data_ptr()
+        call.running = running_mean.data_ptr(), running_var.data_ptr(), counter, momentum
+    return call.run(x, weight, bias, residual)
 
 
-def _normalise(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    statistics: int,
-    eps: float,
-    momentum: float,
-    channel_dim: int,
-    activation: str | None,
-) -> tuple[Tensor, Tensor]:
-    """The output, and the table of statistics."""
-    the_plan = _plan(x, channel_dim)
-    assert the_plan is not None  # by `supports`
-    fused = activation if activation in FUSED else None
-    if residual is not None and residual.stride() != x.stride():
-        residual = _in_layout_of(x, residual)
-    options = _Options(the_plan, channel_dim, eps, momentum, statistics, fused)
-    table = torch.empty((f.TABLE_ROWS, the_plan.shape[1]), dtype=torch.float64)
-    y = _Normalise.apply(x, weight, bias, residual, running_mean, running_var, table, options)
-    return (y if fused == activation else reference.ACTIVATIONS[activation](y)), table  # type: ignore[index]
+class _Call:
+    """One normalisation: what its forward leaves for its backward, besides tensors that autograd watches."""
+
+    __slots__ = (
+        "activation", "bias", "channel_dim", "eps", "plan", "running", "slope_from", "statistics", "table", "unfused",
+        "versions", "weight",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        x: Tensor,
+        channel_dim: int,
+        statistics: int,
+        eps: float,
+        activation: str | None,
+        residual: Tensor | None,
+    ) -> None:
+        the_plan = _plan(x, channel_dim)
+        assert the_plan is not None  # by `supports`
+        self.plan = the_plan
+        self.channel_dim = channel_dim
+        self.statistics = statistics
+        self.eps = eps
+        self.activation, self.unfused = (activation, None) if activation in FUSED else (None, activation)
+        self.table = torch.empty((f.TABLE_ROWS, the_plan.channels), dtype=torch.float64)
+        # Addresses of the running mean, variance and counter, and the momentum.
+        self.running = (0, 0, 0, 0.0)
+        if residual is None or self.activation is None:
+            self.slope_from = "x"
+        else:
+            self.slope_from = "output" if activation in _SLOPE_FROM_OUTPUT else "residual"
+
+    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        if residual is not None and residual.stride() != x.stride():
+            residual = _in_layout_of(x, residual)
+        if torch.is_grad_enabled():
+            y = _Normalise.apply(x, weight, bias, residual, self)
+        else:
+            y = self.forward(x, weight, bias, residual)
+        return y if self.unfused is None else reference.ACTIVATIONS[self.unfused](y)
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        the_plan = self.plan
+        y = empty_like(x)
+        work = _work_memory(the_plan.work)
+        kernel, applied = the_plan.forward(self.activation, residual is not None)
+        mean, var, counter, momentum = self.running
+        fields = _pack(
+            x.data_ptr(), y.data_ptr(), _address(residual), 0, 0, 0,
+            _address(weight), _address(bias), mean, var, 0, 0,
+            self.table.data_ptr(), work, work + 8 * the_plan.typed, applied, 0, 0, 0,
+            *the_plan.geometry, self.statistics, 0, 0, counter, self.eps, momentum,
+        )  # fmt: skip
+        team.runner()(kernel, fields, the_plan.threads, 0)
+        return y
+
+    def again(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The output once more, to the bit."""
+        call = copy(self)
+        call.statistics, call.running = f.OF_TABLE, (0, 0, 0, 0.0)
+        return call.forward(x, None, None, residual)
+
+    def backward(
+        self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight, bias and residual."""
+        the_plan, activation = self.plan, self.activation
+        wants_x, wants_weight, wants_bias, wants_residual = wanted
+        if grad_y.stride() != x.stride():
+            grad_y = _in_layout_of(x, grad_y)
+        by_batch = self.statistics == f.OF_BATCH
+        grad_x = empty_like(x) if wants_x else None
+        grad_weight = torch.empty(the_plan.channels, dtype=x.dtype) if wants_weight else None
+        grad_bias = torch.empty(the_plan.channels, dtype=x.dtype) if wants_bias else None
+        grad_z = grad_residual = None
+        if wants_residual:
+            grad_residual = grad_y if activation is None else empty_like(x)
+            grad_z = None if activation is None else grad_residual
+        elif wants_x and activation in _COSTLY:
+            grad_z = grad_x
+        stored = grad_z is not None
+        reduces = by_batch or wants_weight or wants_bias or stored
+        if reduces or wants_x:
+            kernel, sums, one_run, gradient = the_plan.backward(
+                activation, self.slope_from, stored, by_batch, reduces, wants_x
+            )
+            work = _work_memory(the_plan.work)
+            fields = _pack(
+                x.data_ptr(), 0, _address(extra), grad_y.data_ptr(), _address(grad_x), _address(grad_z),
+                0, 0, 0, 0, _address(grad_weight), _address(grad_bias),
+                self.table.data_ptr(), work, work + 8 * the_plan.typed, 0, sums, one_run, gradient,
+                *the_plan.geometry, 0, by_batch, stored, 0, 0.0, 0.0,
+            )  # fmt: skip
+            team.runner()(kernel, fields, the_plan.threads, 0)
+        return grad_x, grad_weight, grad_bias, grad_residual
+
+    def differentiable_backward(
+        self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """As `backward`, in torch's operations: for `create_graph=True`, and for gradients under vmap."""
+        weight, bias = self.weight, self.bias
+        if self.versions != _versions(weight, bias):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                "the weight or bias of a batch norm"
+            )
+        residual = extra if self.slope_from == "residual" else None
+        if self.statistics == f.OF_BATCH:
+            z, _ = reference.training(x, weight, bias, eps=self.eps, channel_dim=self.channel_dim)
+        else:
+            invstd = self.table[f.INVSTD].to(x.dtype)
+            scale = invstd if weight is None else invstd * weight
+            z = reference.apply(x, self.table[f.MEAN], scale, bias, (self.channel_dim,))
+        if self.slope_from == "output":
+            # Piecewise linear: its slope at the output is that at z, and has no derivative of its own.
+            at_output = extra.detach().requires_grad_()  # type: ignore[union-attr]
+            y = reference.finish(at_output, self.activation, None)
+            (grad_y,) = torch.autograd.grad(y, at_output, grad_y, create_graph=True)
+            y = z
+        else:
+            y = reference.finish(z, self.activation, residual)
+        inputs = (x, weight, bias, residual)
+        asked = [tensor for tensor, wants in zip(inputs, wanted, strict=True) if wants and tensor is not None]
+        found = iter(torch.autograd.grad(y, asked, grad_y, create_graph=True) if asked else ())
+        gradients = [
+            next(found) if wants and tensor is not None else None
+            for tensor, wants in zip(inputs, wanted, strict=True)
+        ]
+        if wanted[3] and residual is None:
+            gradients[3] = grad_y
+        return tuple(gradients)
 
 
 class _Normalise(torch.autograd.Function):
-    """`activation((x - mean) * invstd * weight + bias + residual)`; fills the table, moves running statistics."""
+    """`activation((x - mean) * invstd * weight + bias + residual)`, by a `_Call`."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -198,153 +294,61 @@ class _Normalise(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        table: Tensor,
-        options: _Options,
+        call: _Call,
     ) -> Tensor:
-        y = _run_forward(x, weight, bias, residual, running_mean, running_var, table, options)
+        y = call.forward(x, weight, bias, residual)
         if recipes.is_recording():
-            again = options._replace(statistics=f.OF_TABLE)
-            ingredients = (x,) if residual is None else (x, residual)
-            kept = tuple(tensor.detach() for tensor in ingredients)
-            recipes.offer(y, ingredients, lambda: _rebuild(kept, table, again))
-        ctx.options = options
-        if residual is None or options.activation is None:
-            extra = None
+            _offer(y, x, residual, call)
+        ctx.call = call
+        # Only a second derivative asks for them, so autograd is spared the watch over them.
+        call.weight, call.bias, call.versions = weight, bias, _versions(weight, bias)
+        if call.slope_from == "x":
+            ctx.save_for_backward(x)
         else:
-            extra = y if options.activation in _SLOPE_FROM_OUTPUT else residual
-        ctx.slope_from = "x" if extra is None else ("output" if extra is y else "residual")
-        ctx.save_for_backward(x, weight, bias, extra, table)
+            ctx.save_for_backward(x, y if call.slope_from == "output" else residual)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, bias, extra, table = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
-            gradients = _differentiable_gradients(
-                grad_y, x, weight, bias, extra, table, ctx.options, ctx.slope_from, wanted
-            )
+        call, (x, *rest) = ctx.call, ctx.saved_tensors
+        extra = rest[0] if rest else None
+        if torch.is_grad_enabled() or not _has_memory(grad_y):
+            backward = call.differentiable_backward
         else:
-            gradients = _run_backward(grad_y, x, extra, table, ctx.options, ctx.slope_from, wanted)
-        return (*gradients, None, None, None, None)
+            backward = call.backward
+        return (*backward(grad_y, x, extra, ctx.needs_input_grad[:4]), None)
 
 
-def _rebuild(ingredients: tuple[Tensor, ...], table: Tensor, options: _Options) -> Tensor:
-    x, residual = ingredients[0], (ingredients[1] if len(ingredients) > 1 else None)
-    return _run_forward(x, None, None, residual, None, None, table, options)
-
-
-def _run_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    table: Tensor,
-    options: _Options,
-) -> Tensor:
-    the_plan = options.plan
-    y = empty_like(x)
-    work = torch.empty(the_plan.work, dtype=torch.float64)
-    fields = _pack(
-        x.data_ptr(), y.data_ptr(), _address(residual), 0, 0, 0,
-        _address(weight), _address(bias), _address(running_mean), _address(running_var), 0, 0,
-        table.data_ptr(), work.data_ptr(), work.data_ptr() + 8 * the_plan.scratch,
-        the_plan.function("apply", options.activation, residual is not None), 0, 0, 0,
-        *the_plan.shape, *the_plan.cut, options.statistics, 0, 0, options.eps, options.momentum,
-    )  # fmt: skip
-    team.run(the_plan.kernel("forward"), fields, the_plan.threads)
-    return y
-
-
-def _run_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    extra: Tensor | None,
-    table: Tensor,
-    options: _Options,
-    slope_from: str,
-    wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, bias and residual."""
-    the_plan, activation = options.plan, options.activation
-    wants_x, wants_weight, wants_bias, wants_residual = wanted
-    if grad_y.stride() != x.stride():
-        grad_y = _in_layout_of(x, grad_y)
-    by_batch = options.statistics == f.OF_BATCH
-    channels = the_plan.shape[1]
-    grad_x = empty_like(x) if wants_x else None
-    grad_weight = torch.empty(channels, dtype=x.dtype) if wants_weight else None
-    grad_bias = torch.empty(channels, dtype=x.dtype) if wants_bias else None
-    grad_z = grad_residual = None
-    if wants_residual:
-        grad_residual = grad_y if activation is None else empty_like(x)
-        grad_z = None if activation is None else grad_residual
-    elif wants_x and activation in _COSTLY:
-        grad_z = grad_x
-    stored = grad_z is not None
-    reduce = reduce_run = gradient = 0
-    if by_batch or wants_weight or wants_bias or stored:
-        reduce = the_plan.function("reduce", activation, slope_from, stored)
-        reduce_run = the_plan.run_function("reduce", activation, slope_from, stored)
-    if wants_x:
-        gradient = the_plan.function(
-            "gradient", None if stored else activation, "x" if stored else slope_from, by_batch
-        )
-    if reduce or gradient:
-        work = torch.empty(the_plan.work, dtype=torch.float64)
-        fields = _pack(
-            x.data_ptr(), 0, _address(extra), grad_y.data_ptr(), _address(grad_x), _address(grad_z),
-            0, 0, 0, 0, _address(grad_weight), _address(grad_bias),
-            table.data_ptr(), work.data_ptr(), work.data_ptr() + 8 * the_plan.scratch,
-            0, reduce, reduce_run, gradient,
-            *the_plan.shape, *the_plan.cut, options.statistics, by_batch, stored, options.eps, options.momentum,
-        )  # fmt: skip
-        team.run(the_plan.kernel("backward"), fields, the_plan.threads)
-    return grad_x, grad_weight, grad_bias, grad_residual
-
-
-def _differentiable_gradients(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    extra: Tensor | None,
-    table: Tensor,
-    options: _Options,
-    slope_from: str,
-    wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """As `_run_backward`, in torch's operations: what `create_graph=True` asks for."""
-    residual = extra if slope_from == "residual" else None
-    if options.statistics == f.OF_BATCH:
-        z, _ = reference.training(x, weight, bias, eps=options.eps, channel_dim=options.channel_dim)
+def _offer(y: Tensor, x: Tensor, residual: Tensor | None, call: _Call) -> None:
+    if residual is None:
+        recipes.offer(y, (x,), lambda x: call.again(x, None))
     else:
-        invstd = table[f.INVSTD].to(x.dtype)
-        scale = invstd if weight is None else invstd * weight
-        z = reference.apply(x, table[f.MEAN].to(x.dtype), scale, bias, (options.channel_dim,))
-    inputs = [x, weight, bias, residual]
-    if slope_from == "output":
-        # Piecewise linear: its slope at the output is that at z, and has no derivative of its own.
-        at_output = extra.detach().requires_grad_()  # type: ignore[union-attr]
-        (grad_y,) = torch.autograd.grad(
-            reference.finish(at_output, options.activation, None), at_output, grad_y, create_graph=True
-        )
-        y = z
-    else:
-        y = reference.finish(z, options.activation, residual)
-    asked = [tensor for tensor, wants in zip(inputs, wanted, strict=True) if wants and tensor is not None]
-    found = iter(torch.autograd.grad(y, asked, grad_y, create_graph=True))
-    gradients = [
-        next(found) if wants and tensor is not None else None
-        for tensor, wants in zip(inputs, wanted, strict=True)
-    ]
-    if wanted[3] and residual is None:
-        gradients[3] = grad_y
-    return tuple(gradients)
+        recipes.offer(y, (x, residual), call.again)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether there are numbers to point at: a batch of gradients under vmap has none."""
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _versions(*tensors: Tensor | None) -> list[int]:
+    return [0 if tensor is None else tensor._version for tensor in tensors]
+
+
+def _work_memory(numbers: int) -> int:
+    """The address of scratch memory for a call of this thread: allocating it would cost a small layer as much
+    as its sums."""
+    memory = getattr(_scratch, "memory", None)
+    if memory is None or memory.numel() < numbers:
+        memory = _scratch.memory = torch.empty(numbers, dtype=torch.float64)
+    return int(memory.data_ptr())
+
+
+_scratch = threading.local()
 
 
 def _in_layout_of(x: Tensor, tensor: Tensor) -> Tensor:

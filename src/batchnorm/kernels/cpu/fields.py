@@ -12,9 +12,11 @@ SAMPLES, CHANNELS, POSITIONS = range(19, 22)
 # How many channels to work on at a time; into how many parts to cut samples and positions.
 TILE, SAMPLE_PARTS, POSITION_PARTS = range(22, 25)
 STATISTICS, BY_BATCH, STORED = range(25, 28)
-EPS, MOMENTUM = range(28, 30)
+# Address of the layer's num_batches_tracked.
+NUM_BATCHES = 28
+EPS, MOMENTUM = range(29, 31)
 
-FORMAT = "28q2d"
+FORMAT = "29q2d"
 
 # What STATISTICS says to normalise by.
 OF_BATCH, RUNNING, OF_TABLE = range(3)

@@ -15,8 +15,31 @@ import numpy as np
 
 from batchnorm.kernels.cpu.activations import Real
 from batchnorm.kernels.cpu.fields import (
-    APPLY, CHANNELS, EXTRA, GRAD_X, GRAD_Y, GRAD_Z, GRADIENT, M2, MEAN, OF_BATCH, OF_TABLE, POSITIONS, REDUCE,
-    REDUCE_ONE, SAMPLES, SCALE, SCRATCH, SHIFT, STATISTICS, STORED, TABLE, TILE, WORK, X, Y,
+    APPLY,
+    CHANNELS,
+    EXTRA,
+    GRAD_X,
+    GRAD_Y,
+    GRAD_Z,
+    GRADIENT,
+    M2,
+    MEAN,
+    OF_BATCH,
+    OF_TABLE,
+    POSITIONS,
+    REDUCE,
+    REDUCE_ONE,
+    SAMPLES,
+    SCALE,
+    SCRATCH,
+    SHIFT,
+    STATISTICS,
+    STORED,
+    TABLE,
+    TILE,
+    WORK,
+    X,
+    Y,
 )  # fmt: skip
 from batchnorm.kernels.cpu.memory import at, call, fields_of, pointer
 from batchnorm.kernels.cpu.rows import BLOCK, add_centred_rows, add_rows

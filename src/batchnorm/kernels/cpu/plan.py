@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,37 +21,75 @@ _TILE_BYTES = 128 * 1024
 _WIDE_ROW = 64
 
 
-class Plan(NamedTuple):
+class Plan:
     """What a call needs to know besides its tensors.
 
     Attributes:
         kind: "slabs" (samples, channels, positions), "groups" (the same with short runs) or "rows".
-        shape: samples, channels and positions; for rows, positions is how many make a wide row.
-        cut: channels per tile, parts of the samples, parts of the positions.
+        channels: how many there are.
+        geometry: samples, channels and positions (for rows, how many make a wide row); then channels per tile,
+            parts of the samples, parts of the positions.
         threads: size of the team.
         work: float64 numbers of scratch memory, forward and backward alike.
-        scratch: how many of them come before the numbers in the tensor's dtype.
+        typed: how many of them come before the numbers in the tensor's dtype.
     """
 
-    kind: str
-    dtype: torch.dtype
-    shape: tuple[int, int, int]
-    cut: tuple[int, int, int]
-    threads: int
-    work: int
-    scratch: int
+    def __init__(
+        self,
+        kind: str,
+        dtype: torch.dtype,
+        shape: tuple[int, int, int],
+        cut: tuple[int, int, int],
+        threads: int,
+        work: int,
+        typed: int,
+    ) -> None:
+        self.kind = kind
+        self.dtype = dtype
+        self.channels = shape[1]
+        self.geometry = (*shape, *cut)
+        self.threads = threads
+        self.work = work
+        self.typed = typed
+        self._forward: dict[Any, tuple[int, int]] = {}
+        self._backward: dict[Any, tuple[int, int, int, int]] = {}
 
-    def kernel(self, name: str) -> int:
-        """Address of the kernel "forward" or "backward"."""
-        return _kernel(name, self.kind, self.dtype)
+    def forward(self, activation: str | None, has_residual: bool) -> tuple[int, int]:
+        """Addresses of the forward kernel and of the function it applies."""
+        key = activation, has_residual
+        found = self._forward.get(key)
+        if found is None:
+            applied = function("apply", self._shape, self.dtype, activation, has_residual)
+            found = self._forward[key] = _kernel("forward", self.kind, self.dtype), applied
+        return found
 
-    def function(self, name: str, *options: Any) -> int:
-        """Address of the innermost loop "apply", "reduce" or "gradient"."""
-        return function(name, "run" if self.kind == "slabs" else "rows", self.dtype, *options)
+    def backward(
+        self,
+        activation: str | None,
+        slope_from: str,
+        stored: bool,
+        by_batch: bool,
+        reduces: bool,
+        wants_x: bool,
+    ) -> tuple[int, int, int, int]:
+        """Addresses of the backward kernel and of its functions: for sums, the same run by run, for the gradient."""
+        key = activation, slope_from, stored, by_batch, reduces, wants_x
+        found = self._backward.get(key)
+        if found is None:
+            sums = one_run = gradient = 0
+            if reduces:
+                sums = function("reduce", self._shape, self.dtype, activation, slope_from, stored)
+                one_run = function("reduce", "run", self.dtype, activation, slope_from, stored)
+            if wants_x:
+                of_z = (None, "x") if stored else (activation, slope_from)
+                gradient = function("gradient", self._shape, self.dtype, *of_z, by_batch)
+            kernel = _kernel("backward", self.kind, self.dtype)
+            found = self._backward[key] = kernel, sums, one_run, gradient
+        return found
 
-    def run_function(self, name: str, *options: Any) -> int:
-        """The same for one run of a channel, whatever the kind."""
-        return function(name, "run", self.dtype, *options)
+    @property
+    def _shape(self) -> str:
+        return "run" if self.kind == "slabs" else "rows"
 
 
 @lru_cache(maxsize=4096)

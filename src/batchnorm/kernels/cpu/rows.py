@@ -14,13 +14,40 @@ import numpy as np
 
 from batchnorm.kernels.cpu.activations import Real
 from batchnorm.kernels.cpu.fields import (
-    APPLY, CHANNELS, EXTRA, GRAD_X, GRAD_Y, GRAD_Z, GRADIENT, M2, MEAN, OF_BATCH, OF_TABLE, POSITIONS, REDUCE,
-    REDUCE_ONE, SAMPLE_PARTS, SAMPLES, SCALE, SCRATCH, SHIFT, STATISTICS, STORED, TABLE, WORK, X, Y,
+    APPLY,
+    CHANNELS,
+    EXTRA,
+    GRAD_X,
+    GRAD_Y,
+    GRAD_Z,
+    GRADIENT,
+    M2,
+    MEAN,
+    OF_BATCH,
+    OF_TABLE,
+    POSITIONS,
+    REDUCE,
+    REDUCE_ONE,
+    SAMPLES,
+    SCALE,
+    SCRATCH,
+    SHIFT,
+    STATISTICS,
+    STORED,
+    TABLE,
+    WORK,
+    X,
+    Y,
 )  # fmt: skip
 from batchnorm.kernels.cpu.memory import at, call, fields_of, pointer
 from batchnorm.kernels.cpu.runs import loop
 from batchnorm.kernels.cpu.statistics import (
-    barrier, finish_gradient, finish_statistics, merge, num_threads, thread_num,
+    barrier,
+    finish_gradient,
+    finish_statistics,
+    merge,
+    num_threads,
+    thread_num,
 )  # fmt: skip
 
 # Columns worked on at a time, and values per block: sums of a tile stay in the first-level cache, a block in the second.

@@ -17,13 +17,43 @@ import numpy as np
 
 from batchnorm.kernels.cpu.activations import Real
 from batchnorm.kernels.cpu.fields import (
-    APPLY, CHANNELS, EXTRA, GRAD_X, GRAD_Y, GRAD_Z, GRADIENT, INVSTD, M2, MEAN, OF_BATCH, OF_TABLE, POSITION_PARTS,
-    POSITIONS, REDUCE, SAMPLE_PARTS, SAMPLES, SCALE, SHIFT, STATISTICS, STORED, TABLE, TABLE_ROWS, TILE, WORK, X, Y,
+    APPLY,
+    CHANNELS,
+    EXTRA,
+    GRAD_X,
+    GRAD_Y,
+    GRAD_Z,
+    GRADIENT,
+    INVSTD,
+    M2,
+    MEAN,
+    OF_BATCH,
+    OF_TABLE,
+    POSITION_PARTS,
+    POSITIONS,
+    REDUCE,
+    SAMPLE_PARTS,
+    SAMPLES,
+    SCALE,
+    SHIFT,
+    STATISTICS,
+    STORED,
+    TABLE,
+    TABLE_ROWS,
+    TILE,
+    WORK,
+    X,
+    Y,
 )  # fmt: skip
 from batchnorm.kernels.cpu.memory import at, call, fields_of, pointer
 from batchnorm.kernels.cpu.runs import loop, reduction
 from batchnorm.kernels.cpu.statistics import (
-    barrier, finish_gradient, finish_statistics, merge, num_threads, thread_num,
+    barrier,
+    finish_gradient,
+    finish_statistics,
+    merge,
+    num_threads,
+    thread_num,
 )  # fmt: skip
 
 # Values per block: 16 KiB of float32, half of a first-level cache.

@@ -8,8 +8,24 @@ import numpy as np
 from numba import types
 
 from batchnorm.kernels.cpu.fields import (
-    BIAS, BY_BATCH, CHANNELS, EPS, GRAD_BIAS, GRAD_WEIGHT, INVSTD, M2, MEAN, MOMENTUM, RUNNING_MEAN, RUNNING_VAR,
-    SCALE, SHIFT, STATISTICS, WEIGHT, RUNNING,
+    BIAS,
+    BY_BATCH,
+    CHANNELS,
+    EPS,
+    GRAD_BIAS,
+    GRAD_WEIGHT,
+    INVSTD,
+    M2,
+    MEAN,
+    MOMENTUM,
+    NUM_BATCHES,
+    RUNNING,
+    RUNNING_MEAN,
+    RUNNING_VAR,
+    SCALE,
+    SHIFT,
+    STATISTICS,
+    WEIGHT,
 )  # fmt: skip
 from batchnorm.kernels.cpu.memory import at, fields_of, pointer
 from batchnorm.kernels.cpu.runs import loop
@@ -49,6 +65,8 @@ def finish_statistics(raw, table, c, count, real):
             momentum = numbers[MOMENTUM]
             running_mean[c] = (1 - momentum) * running_mean[c] + momentum * means[c]
             running_var[c] = (1 - momentum) * running_var[c] + momentum * (m2s[c] / (count - 1))
+        if c == 0 and fields[NUM_BATCHES] != 0:
+            pointer(fields[NUM_BATCHES], np.int64)[0] += 1
     invstd = 1 / math.sqrt(var + numbers[EPS])
     scale = invstd
     if fields[WEIGHT] != 0:

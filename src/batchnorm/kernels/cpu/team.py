@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,13 @@ def size(work: int) -> int:
 _WORTH_A_TEAM = 32768
 
 
-def run(kernel: int, fields: bytes, threads: int) -> None:
-    """Call the compiled kernel on every thread of a team; the GIL is free meanwhile."""
-    _library().GOMP_parallel(kernel, fields, threads, 0)
+@cache
+def runner() -> Callable[[int, bytes, int, int], None]:
+    """`run(kernel, fields, threads, 0)` calls a compiled kernel on every thread of a team, without the GIL."""
+    parallel = _library().GOMP_parallel
+    parallel.restype = None
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint)
+    return parallel
 
 
 def available() -> bool:
@@ -57,11 +62,10 @@ def _library() -> Any:
     for path in _loaded_libgomps():
         try:
             library = ctypes.CDLL(path)
-            library.GOMP_parallel.restype = None
-            library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint)
-        except (OSError, AttributeError):
+        except OSError:
             continue
-        return library
+        if hasattr(library, "GOMP_parallel"):
+            return library
     return None
 
 
