@@ -20,8 +20,8 @@ def choose(
 ) -> ModuleType:
     """The fastest kernel that takes `x` and its per-channel tensors where this code is running.
 
-    Every kernel module has `training` and `inference`, with the signatures and results of `reference`; all but
-    `reference` have `training_and_moving`, for callers that ask for a `moving` one.
+    Every kernel module has `training` and `inference`, with the signatures and results of `reference`; all
+    but `reference` have `training_and_moving`, for callers that ask for a `moving` one.
     """
     if torch.compiler.is_compiling():
         # A compiler fuses plain torch itself; of torch's operator it knows how to move the statistics.

@@ -37,7 +37,7 @@ def training(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
-    """`activation((x - mean) / sqrt(var + eps) * weight + bias + residual)` by the moments of `x`, and those."""
+    """`activation((x - mean) / sqrt(var + eps) * weight + bias + residual)`, and the moments of `x`."""
     moments = take(x, tuple(dim for dim in range(x.ndim) if dim != channel_dim))
     scale, shift = scale_and_shift(moments.var(), weight, bias, eps)
     y = apply(x, moments.mean, scale, shift, (channel_dim,))

@@ -22,15 +22,16 @@ from batchnorm.kernels.cpu.plan import DTYPES, Plan, function, plan
 from batchnorm.moments import Moments
 
 FUSED = frozenset({
-    None, "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish", "sigmoid", "hardsigmoid", "tanh",
+    None, "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish", "sigmoid", "hardsigmoid",
+    "tanh",
 })  # fmt: skip
-# Their slope can be told from the output, which the next layer keeps anyway, instead of from the residual.
+# Their slope can be told from the output, which the next layer keeps anyway, not only from the residual.
 _SLOPE_FROM_OUTPUT = frozenset({"relu", "relu6", "leaky_relu"})
 # Their gradient is kept between the two passes over it: computing it again would cost more.
 _COSTLY = frozenset({"elu", "gelu", "silu", "mish", "sigmoid", "tanh"})
 _PLAIN_TYPES = (Tensor, nn.Parameter)
 
-# For fewer values torch's operator is done before an autograd function in Python has begun (`batchnorm bench`).
+# For fewer values torch's operator is done before an autograd function in Python has begun.
 SMALLEST = 32768
 
 _pack = struct.Struct(f.FORMAT).pack
@@ -46,7 +47,7 @@ def supports(
         or not x.is_cpu
         or type(x) not in _PLAIN_TYPES
         or x.layout is not torch.strided
-        or x.numel() < max(SMALLEST, 1)
+        or x.numel() < (1 if recipes.is_recording() else SMALLEST)
         or x.is_neg()
     ):
         return False
@@ -80,7 +81,7 @@ def _work() -> bool:
         function("apply", "run", torch.float32, None, False)
     except Exception as error:  # whatever is wrong with the compiler, torch's own kernels do the work
         warnings.warn(
-            f"batchnorm's CPU kernels cannot be compiled, so torch's own are used: {type(error).__name__}: {error}",
+            f"batchnorm's CPU kernels cannot be compiled, torch's own do: {type(error).__name__}: {error}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -153,8 +154,8 @@ class _Call:
     """One normalisation: what its forward leaves for its backward, besides tensors that autograd watches."""
 
     __slots__ = (
-        "activation", "bias", "channel_dim", "eps", "plan", "running", "slope_from", "statistics", "table", "unfused",
-        "versions", "weight",
+        "activation", "bias", "channel_dim", "eps", "plan", "running", "slope_from", "statistics", "table",
+        "unfused", "versions", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -172,8 +173,13 @@ class _Call:
         self.channel_dim = channel_dim
         self.statistics = statistics
         self.eps = eps
-        self.activation, self.unfused = (activation, None) if activation in FUSED else (None, activation)
+        self.activation = activation if activation in FUSED else None
+        # What is left for torch to apply.
+        self.unfused = None if activation in FUSED else activation
         self.table = torch.empty((f.TABLE_ROWS, the_plan.channels), dtype=torch.float64)
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.versions: list[int] = []
         # Addresses of the running mean, variance and counter, and the momentum.
         self.running = (0, 0, 0, 0.0)
         if residual is None or self.activation is None:
@@ -247,15 +253,15 @@ class _Call:
             team.runner()(kernel, fields, the_plan.threads, 0)
         return grad_x, grad_weight, grad_bias, grad_residual
 
-    def differentiable_backward(
-        self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
+    def backward_by_torch(
+        self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...], create_graph: bool
     ) -> tuple[Tensor | None, ...]:
         """As `backward`, in torch's operations: for `create_graph=True`, and for gradients under vmap."""
         weight, bias = self.weight, self.bias
         if self.versions != _versions(weight, bias):
             raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                "the weight or bias of a batch norm"
+                "one of the variables needed for gradient computation has been modified by an inplace "
+                "operation: the weight or bias of a batch norm"
             )
         residual = extra if self.slope_from == "residual" else None
         if self.statistics == f.OF_BATCH:
@@ -268,13 +274,13 @@ class _Call:
             # Piecewise linear: its slope at the output is that at z, and has no derivative of its own.
             at_output = extra.detach().requires_grad_()  # type: ignore[union-attr]
             y = reference.finish(at_output, self.activation, None)
-            (grad_y,) = torch.autograd.grad(y, at_output, grad_y, create_graph=True)
+            (grad_y,) = torch.autograd.grad(y, at_output, grad_y, create_graph=create_graph)
             y = z
         else:
             y = reference.finish(z, self.activation, residual)
         inputs = (x, weight, bias, residual)
         asked = [tensor for tensor, wants in zip(inputs, wanted, strict=True) if wants and tensor is not None]
-        found = iter(torch.autograd.grad(y, asked, grad_y, create_graph=True) if asked else ())
+        found = iter(torch.autograd.grad(y, asked, grad_y, create_graph=create_graph) if asked else ())
         gradients = [
             next(found) if wants and tensor is not None else None
             for tensor, wants in zip(inputs, wanted, strict=True)
@@ -288,7 +294,7 @@ class _Normalise(torch.autograd.Function):
     """`activation((x - mean) * invstd * weight + bias + residual)`, by a `_Call`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
@@ -309,14 +315,14 @@ class _Normalise(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         call, (x, *rest) = ctx.call, ctx.saved_tensors
         extra = rest[0] if rest else None
-        if torch.is_grad_enabled() or not _has_memory(grad_y):
-            backward = call.differentiable_backward
-        else:
-            backward = call.backward
-        return (*backward(grad_y, x, extra, ctx.needs_input_grad[:4]), None)
+        wanted, create_graph = ctx.needs_input_grad[:4], torch.is_grad_enabled()
+        if not create_graph and _has_memory(grad_y):
+            return (*call.backward(grad_y, x, extra, wanted), None)
+        with torch.enable_grad():
+            return (*call.backward_by_torch(grad_y, x, extra, wanted, create_graph), None)
 
 
 def _offer(y: Tensor, x: Tensor, residual: Tensor | None, call: _Call) -> None:

@@ -308,7 +308,7 @@ _ERFC_20 = (
 )  # fmt: skip
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _two_to_the(typing_context: Any, exponent: Any) -> Any:
     """`2**exponent` for a whole number in a floating point type, by writing its exponent bits."""
     single = exponent == types.float32

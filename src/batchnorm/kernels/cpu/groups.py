@@ -1,8 +1,8 @@
-"""CPU kernels for contiguous inputs whose channels are short runs, such as the 7 x 7 positions of a deep layer.
+"""CPU kernels for contiguous inputs whose channels are short runs, such as 7 x 7 positions of a deep layer.
 
-A call per run would cost more than the run. So a group of neighbouring channels is taken at once: in each sample
-they are one row of columns, with a column of statistics and coefficients for every position. A thread takes whole
-channels, as in `slabs.py`, and statistics are taken in blocks of samples and merged in the same way.
+A call per run would cost more than the run. So a group of neighbouring channels is taken at once: in each
+sample they are one row of columns, with a column of statistics and coefficients for every position. A thread
+takes whole channels, as in `slabs.py`, and statistics are taken in blocks of samples and merged likewise.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Machine code of the kernels: compiled by Numba once, kept on disk, and loaded without Numba ever after.
 
-Numba's own cache has to import Numba and set up its types first, a second in every process; what is kept here is
-object code, which loads in milliseconds. A file carries a digest of its content and its name says everything that
-the code depends on, so one that is cut short, altered or out of date is compiled again.
+Numba's own cache has to import Numba and set up its types first, a second in every process; what is kept
+here is object code, which loads in milliseconds. A file carries a digest of its content, and its name says
+everything that the code depends on, so one that is cut short, altered or out of date is compiled again.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def pointer(typing_context: Any, address: Any, real: Any) -> Any:
     """The address as a pointer to numbers of the type `real`."""
     result = types.CPointer(real.dtype)
@@ -24,7 +24,7 @@ def pointer(typing_context: Any, address: Any, real: Any) -> Any:
     return result(types.int64, real), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def fields_of(typing_context: Any, raw: Any, real: Any) -> Any:
     """The struct that a kernel is given, as a pointer to its fields of one type."""
     result = types.CPointer(real.dtype)
@@ -35,7 +35,7 @@ def fields_of(typing_context: Any, raw: Any, real: Any) -> Any:
     return result(types.voidptr, real), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def at(typing_context: Any, start: Any, offset: Any) -> Any:
     """The pointer `offset` numbers after `start`."""
 
@@ -45,7 +45,7 @@ def at(typing_context: Any, start: Any, offset: Any) -> Any:
     return start(start, types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def call(typing_context: Any, address: Any, arguments: Any) -> Any:
     """Calls the C function at an address, which returns nothing, with a tuple of arguments."""
 

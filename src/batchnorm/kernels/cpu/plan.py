@@ -1,4 +1,4 @@
-"""How the CPU kernels go about a tensor: its layout, its cut into parts, and the compiled functions it needs."""
+"""How the CPU kernels go about a tensor: its layout, its parts, and the compiled functions it needs."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Plan:
     Attributes:
         kind: "slabs" (samples, channels, positions), "groups" (the same with short runs) or "rows".
         channels: how many there are.
-        geometry: samples, channels and positions (for rows, how many make a wide row); then channels per tile,
-            parts of the samples, parts of the positions.
+        geometry: samples, channels and positions (for rows, how many make a wide row); then channels per
+            tile, parts of the samples, parts of the positions.
         threads: size of the team.
         work: float64 numbers of scratch memory, forward and backward alike.
         typed: how many of them come before the numbers in the tensor's dtype.
@@ -72,7 +72,7 @@ class Plan:
         reduces: bool,
         wants_x: bool,
     ) -> tuple[int, int, int, int]:
-        """Addresses of the backward kernel and of its functions: for sums, the same run by run, for the gradient."""
+        """Addresses of the backward kernel and its functions: for sums, sums run by run, gradients."""
         key = activation, slope_from, stored, by_batch, reduces, wants_x
         found = self._backward.get(key)
         if found is None:

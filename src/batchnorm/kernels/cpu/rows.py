@@ -1,8 +1,8 @@
 """CPU kernels for channels_last inputs and (N, C): rows of channels, a share of the rows for each thread.
 
-Narrow rows are taken several at a time as one wide row, in which each channel has several columns, so that vectors are
-full. The threads meet three times: what they found per column is merged into channels, by a share of the channels each,
-and the result goes back out to the columns.
+Narrow rows are taken several at a time as one wide row, in which each channel has several columns, so that
+vectors are full. The threads meet around a merge: what they found per column becomes statistics of channels,
+a share of the channels for each thread, and the result goes back out to the columns.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ from batchnorm.kernels.cpu.statistics import (
     thread_num,
 )  # fmt: skip
 
-# Columns worked on at a time, and values per block: sums of a tile stay in the first-level cache, a block in the second.
+# Columns worked on at a time, and values per block: sums of a tile stay in the first-level cache, a block in
+# the second.
 TILE_COLUMNS = 512
 BLOCK = 16384
 
@@ -250,7 +251,8 @@ def forward(real: Real) -> Callable[[Any], None]:
                 fields[APPLY],
                 (
                     at(x, first), at(residual, first), at(y, first), rows, tile, width,
-                    at(shared_row(raw, 0, real), i), at(shared_row(raw, 1, real), i), at(shared_row(raw, 2, real), i),
+                    at(shared_row(raw, 0, real), i), at(shared_row(raw, 1, real), i),
+                    at(shared_row(raw, 2, real), i),
                 ),
             )  # fmt: skip
             i += tile
@@ -317,8 +319,8 @@ def backward(real: Real) -> Callable[[Any], None]:
             call(
                 fields[REDUCE],
                 (
-                    at(grad_y, at_block), at(x, at_block), at(extra, at_block), at(grad_z, at_block), rows, tile,
-                    width, at(mean, i), at(scale, i), at(shift, i), first, second,
+                    at(grad_y, at_block), at(x, at_block), at(extra, at_block), at(grad_z, at_block),
+                    rows, tile, width, at(mean, i), at(scale, i), at(shift, i), first, second,
                 ),
             )  # fmt: skip
             for k in range(tile):
@@ -379,8 +381,10 @@ def backward(real: Real) -> Callable[[Any], None]:
                 fields[GRADIENT],
                 (
                     at(grad, k), at(x, k), at(extra, k), at(grad_x, k), rows, tile, width,
-                    at(shared_row(raw, 0, real), i), at(shared_row(raw, 1, real), i), at(shared_row(raw, 2, real), i),
-                    at(shared_row(raw, 3, real), i), at(shared_row(raw, 4, real), i), at(shared_row(raw, 5, real), i),
+                    at(shared_row(raw, 0, real), i), at(shared_row(raw, 1, real), i),
+                    at(shared_row(raw, 2, real), i),
+                    at(shared_row(raw, 3, real), i), at(shared_row(raw, 4, real), i),
+                    at(shared_row(raw, 5, real), i),
                 ),
             )  # fmt: skip
             i += tile

@@ -1,8 +1,8 @@
 """The innermost loops of the CPU kernels, one per activation: runs of a channel, and rows of all channels.
 
-Each becomes a C function that the loops in `slabs.py` and `rows.py` call by its address, so that a new
-activation costs a fraction of a second to compile. In all of them `z = (x - mean) * scale + shift + residual` is
-what the activation is applied to, and `grad_z = grad_y * slope(z)`.
+Each becomes a C function that the kernels in `slabs.py`, `groups.py` and `rows.py` call by its address, so
+that a new activation costs a fraction of a second to compile. In all of them the activation is applied to
+`z = (x - mean) * scale + shift + residual`, and `grad_z = grad_y * slope(z)`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def reduce_run(real: Real, name: str | None, slope_from: str, store: bool) -> tu
 def gradient_run(
     real: Real, name: str | None, slope_from: str, by_batch: bool
 ) -> tuple[Any, Callable[..., None]]:
-    """`grad_x = grad_z * by_grad + (x - mean) * by_x + constant`, of which only the first term if not `by_batch`."""
+    """`grad_x = grad_z * by_grad + (x - mean) * by_x + constant`; only the first term if not `by_batch`."""
     slope = _slope(real, name, slope_from)
 
     def gradient(grad_y, x, extra, grad_x, size, mean, scale, shift, by_grad, by_x, constant):

@@ -1,10 +1,10 @@
-"""CPU kernels for contiguous inputs, (samples, channels, positions): a channel at a time while it is in the cache.
+"""CPU kernels for contiguous inputs, (samples, channels, positions): each channel while it is in the cache.
 
-A thread takes whole channels, a tile of neighbours at a time. Where channels are too few for the threads, each takes a
-part of every channel, and they meet around the merge of what they found.
+A thread takes whole channels, a tile of neighbours at a time. Where channels are too few for the threads,
+each takes a part of every channel, and they meet around the merge of what they found.
 
-Statistics are taken block by block: the mean of a block, then its centred sums while it is in the cache, then a merge in
-float64 (Chan, Golub & LeVeque 1979). A block whose sums overflow float32 is summed again in float64.
+Statistics are taken block by block: the mean of a block, then its centred sums while it is in the cache, then
+a merge in float64 (Chan, Golub & LeVeque 1979). A block whose sums overflow float32 is summed in float64.
 """
 
 from __future__ import annotations
@@ -275,8 +275,8 @@ def backward(real: Real) -> Callable[[Any], None]:
                     call(
                         fields[REDUCE],
                         (
-                            at(grad_y, run), at(x, run), at(extra, run), at(grad_z, run), size, mean, scale, shift,
-                            at(sums, 2 * c),
+                            at(grad_y, run), at(x, run), at(extra, run), at(grad_z, run),
+                            size, mean, scale, shift, at(sums, 2 * c),
                         ),
                     )  # fmt: skip
                     p += size
@@ -305,7 +305,8 @@ def backward(real: Real) -> Callable[[Any], None]:
                     (
                         at(grad, run), at(x, run), at(extra, run), at(grad_x, run), p1 - p0,
                         real(means[c]), real(scales[c]), real(shifts[c]),
-                        real(coefficients[3 * c]), real(coefficients[3 * c + 1]), real(coefficients[3 * c + 2]),
+                        real(coefficients[3 * c]), real(coefficients[3 * c + 1]),
+                        real(coefficients[3 * c + 2]),
                     ),
                 )  # fmt: skip
 

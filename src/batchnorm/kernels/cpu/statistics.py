@@ -1,4 +1,4 @@
-"""What the CPU kernels for both memory layouts share: the struct they are given, and a channel's statistics."""
+"""What all CPU kernels do with a channel: merge its moments, finish its statistics and its gradients."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def size(work: int) -> int:
-    """How many threads to use for so many values of work: what torch would, and one in a forked child.
+    """How many threads to use for so many values: as many as torch may, and one in a forked child.
 
     The threads of libgomp do not survive a fork, and a child that called them would wait for ever.
     """
@@ -39,7 +39,7 @@ _WORTH_A_TEAM = 32768
 
 @cache
 def runner() -> Callable[[int, bytes, int, int], None]:
-    """`run(kernel, fields, threads, 0)` calls a compiled kernel on every thread of a team, without the GIL."""
+    """`run(kernel, fields, threads, 0)` calls a kernel on every thread of a team, without the GIL."""
     parallel = _library().GOMP_parallel
     parallel.restype = None
     parallel.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint)
