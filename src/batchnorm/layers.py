@@ -143,9 +143,13 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """
         channel_dim = self._check_input(x, residual, mask)
         if self.training and mask is None and self._moves_as_torch():
-            kernel = choose(x, channel_dim, self.weight, self.running_mean, residual=residual, moving=True)
+            # Not self.weight: each look-up by nn.Module costs a small layer a microsecond.
+            weight, mean = self._parameters.get("weight"), self._buffers["running_mean"]
+            if weight is None:
+                weight = self.weight  # parametrized, or there is none
+            kernel = choose(x, channel_dim, (weight, mean), residual, True)
             if kernel is not reference:
-                return self._forward_moving(kernel, x, residual, channel_dim)
+                return self._forward_moving(kernel, x, weight, residual, channel_dim)
         return self._forward_any(x, residual, mask, channel_dim)
 
     def _moves_as_torch(self) -> bool:
@@ -158,10 +162,12 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         )
 
     def _forward_moving(
-        self, kernel: ModuleType, x: Tensor, residual: Tensor | None, channel_dim: int
+        self, kernel: ModuleType, x: Tensor, weight: Tensor | None, residual: Tensor | None, channel_dim: int
     ) -> Tensor:
         """By a kernel that moves the running statistics itself."""
-        buffers = self._buffers  # read here, because each look-up by nn.Module costs a microsecond
+        bias, buffers = self._parameters.get("bias"), self._buffers
+        if bias is None:
+            bias = self.bias
         mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         if not running.moves(True, self.track_running_stats):
             counter = None
@@ -170,18 +176,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 mean, var = mean.clone(), var.clone()
             else:
                 mean = var = None
+        momentum = 0.0 if self.momentum is None else self.momentum
         return kernel.training_and_moving(
-            x,
-            self.weight,
-            self.bias,
-            mean,
-            var,
-            counter,
-            momentum=0.0 if self.momentum is None else self.momentum,
-            eps=self.eps,
-            channel_dim=channel_dim,
-            activation=self._activation,
-            residual=residual,
+            x, weight, bias, mean, var, counter, momentum, self.eps, channel_dim, self._activation, residual
         )
 
     def _forward_any(

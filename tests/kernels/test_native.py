@@ -176,10 +176,10 @@ def test_supports():
     ):
         x = torch.randn(4, 3).to(dtype)
         assert native.supports(x)
-        assert native.supports(x, None, None)
+        assert native.supports(x, (None, None))
         for parameter in TOLERANCE:
-            assert native.supports(x, one[parameter]) == (parameter == wanted)
-            assert native.supports(x, one[wanted], one[parameter]) == (parameter == wanted)
+            assert native.supports(x, (one[parameter],)) == (parameter == wanted)
+            assert native.supports(x, (one[wanted], one[parameter])) == (parameter == wanted)
     for shape in [(0, 3), (4, 0), (4, 3, 0)]:
         assert not native.supports(torch.empty(shape))
 
@@ -189,7 +189,7 @@ def test_what_it_supports_works(dtype):
     kept = torch.ones(3, dtype=statistics_dtype(dtype))
     for x in (torch.randn(4, 3).to(dtype), torch.randn(4, 3, device="meta").to(dtype)):
         parameter = kept.to(x.device)
-        assert choose(x, 1, parameter, parameter) is native
+        assert choose(x, 1, (parameter, parameter)) is native
         y, _ = native.training(x, parameter, parameter, eps=EPS, channel_dim=1)
         assert (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device)
 
@@ -197,9 +197,9 @@ def test_what_it_supports_works(dtype):
 def test_the_choice():
     x, weight = torch.randn(4, 3), torch.ones(3)
     assert choose(x, 1) is native
-    assert choose(x, 1, weight, None) is native
-    assert choose(x, 1, weight.double()) is reference
-    assert choose(torch.empty(0, 3), 1, weight) is reference
+    assert choose(x, 1, (weight, None)) is native
+    assert choose(x, 1, (weight.double(),)) is reference
+    assert choose(torch.empty(0, 3), 1, (weight,)) is reference
 
 
 @pytest.mark.parametrize(

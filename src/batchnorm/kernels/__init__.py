@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from batchnorm.context import under_transform
 from batchnorm.kernels import cpu, native, reference
@@ -14,7 +14,7 @@ from batchnorm.kernels import cpu, native, reference
 def choose(
     x: Tensor,
     channel_dim: int,
-    *parameters: Tensor | None,
+    parameters: tuple[Tensor | None, ...] = (),
     residual: Tensor | None = None,
     moving: bool = False,
 ) -> ModuleType:
@@ -23,11 +23,11 @@ def choose(
     Every kernel module has `training` and `inference`, with the signatures and results of `reference`; all
     but `reference` have `training_and_moving`, for callers that ask for a `moving` one.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         # A compiler fuses plain torch itself; of torch's operator it knows how to move the statistics.
-        return native if moving and native.supports(x, *parameters) else reference
+        return native if moving and native.supports(x, parameters) else reference
     if under_transform():
         return reference  # the only one that vmap, jvp and their like can look into
     if cpu.supports(x, channel_dim, parameters, residual):
         return cpu
-    return native if native.supports(x, *parameters) else reference
+    return native if native.supports(x, parameters) else reference

@@ -6,6 +6,8 @@ import math
 
 import torch
 from torch import Tensor
+from torch.backends import cudnn
+from torch.compiler import is_compiling
 
 from batchnorm.checks import statistics_dtype
 from batchnorm.kernels.reference import finish
@@ -14,7 +16,7 @@ from batchnorm.moments import Moments, count_dtype
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def supports(x: Tensor, *parameters: Tensor | None) -> bool:
+def supports(x: Tensor, parameters: tuple[Tensor | None, ...] = ()) -> bool:
     """Whether torch's operator takes `x` with per-channel tensors of these dtypes."""
     dtype = x.dtype
     wanted = torch.float32 if dtype in _HALF else dtype
@@ -69,7 +71,6 @@ def training_and_moving(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
-    *,
     momentum: float,
     eps: float,
     channel_dim: int,
@@ -79,11 +80,14 @@ def training_and_moving(
     """As `training`, and moves the running statistics in place."""
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    if running_mean is not None and running_var is not None and not torch.compiler.is_compiling():
+    if running_mean is not None and running_var is not None and not is_compiling():
         # The operator saves them for a backward that does not read them. Under version counters of their
         # own, DDP may overwrite the buffers before that backward (pytorch#65907).
         running_mean, running_var = running_mean.data, running_var.data
-    y = _call(x, weight, bias, running_mean, running_var, True, momentum, eps, channel_dim)
+    if channel_dim == 1:
+        y = torch.batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps, cudnn.enabled)
+    else:
+        y = _call(x, weight, bias, running_mean, running_var, True, momentum, eps, channel_dim)
     return y if activation is None and residual is None else finish(y, activation, residual)
 
 
@@ -116,7 +120,7 @@ def _call(
         training,
         momentum,
         eps,
-        torch.backends.cudnn.enabled,
+        cudnn.enabled,
     )
     if channel_dim == 1:
         return y

@@ -41,13 +41,14 @@ def supports(
     x: Tensor, channel_dim: int, parameters: tuple[Tensor | None, ...], residual: Tensor | None
 ) -> bool:
     """Whether the kernels take these tensors where this code is running."""
-    dtype = x.dtype
+    size, dtype = x.numel(), x.dtype
+    if size < SMALLEST and not (size and recipes.is_recording()):
+        return False
     if (
         dtype not in DTYPES
         or not x.is_cpu
         or type(x) not in _PLAIN_TYPES
         or x.layout is not torch.strided
-        or x.numel() < (1 if recipes.is_recording() else SMALLEST)
         or x.is_neg()
     ):
         return False
@@ -135,7 +136,6 @@ def training_and_moving(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
-    *,
     momentum: float,
     eps: float,
     channel_dim: int,

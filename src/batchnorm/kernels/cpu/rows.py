@@ -39,7 +39,7 @@ from batchnorm.kernels.cpu.fields import (
     X,
     Y,
 )  # fmt: skip
-from batchnorm.kernels.cpu.memory import at, call, fields_of, pointer
+from batchnorm.kernels.cpu.memory import add_to_first, add_to_second, at, call, fields_of, get, pointer
 from batchnorm.kernels.cpu.runs import loop
 from batchnorm.kernels.cpu.statistics import (
     barrier,
@@ -71,10 +71,10 @@ def add_rows(x, rows, width, stride, sums):
         c = b + stride
         d = c + stride
         for i in range(width):
-            sums[i] += (x[a + i] + x[b + i]) + (x[c + i] + x[d + i])
+            add_to_first(sums, i, (get(x, a + i) + get(x, b + i)) + (get(x, c + i) + get(x, d + i)))
     for row in range(4 * fours, rows):
         for i in range(width):
-            sums[i] += x[row * stride + i]
+            add_to_first(sums, i, get(x, row * stride + i))
 
 
 @loop
@@ -87,19 +87,16 @@ def add_centred_rows(x, rows, width, stride, centre, first, second):
         c = b + stride
         d = c + stride
         for i in range(width):
-            xa, xb, xc, xd = (
-                x[a + i] - centre[i],
-                x[b + i] - centre[i],
-                x[c + i] - centre[i],
-                x[d + i] - centre[i],
-            )
-            first[i] += (xa + xb) + (xc + xd)
-            second[i] += (xa * xa + xb * xb) + (xc * xc + xd * xd)
+            m = get(centre, i)
+            xa, xb = get(x, a + i) - m, get(x, b + i) - m
+            xc, xd = get(x, c + i) - m, get(x, d + i) - m
+            add_to_first(first, i, (xa + xb) + (xc + xd))
+            add_to_second(second, i, (xa * xa + xb * xb) + (xc * xc + xd * xd))
     for row in range(4 * fours, rows):
         for i in range(width):
-            xa = x[row * stride + i] - centre[i]
-            first[i] += xa
-            second[i] += xa * xa
+            xa = get(x, row * stride + i) - get(centre, i)
+            add_to_first(first, i, xa)
+            add_to_second(second, i, xa * xa)
 
 
 @loop
