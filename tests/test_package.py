@@ -23,6 +23,7 @@ PUBLIC = {
     "Renorm",
     "batch_norm",
     "hold",
+    "memory_efficient",
 }
 # Found in the environment of a test run; a plain import must not pay for them, nor need the [lab] ones.
 HEAVY = {

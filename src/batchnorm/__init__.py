@@ -9,7 +9,7 @@ from batchnorm.layers import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
-from batchnorm.model import hold
+from batchnorm.model import hold, memory_efficient
 from batchnorm.moments import Moments
 from batchnorm.renorm import Renorm
 
@@ -26,4 +26,5 @@ __all__ = [
     "Renorm",
     "batch_norm",
     "hold",
+    "memory_efficient",
 ]

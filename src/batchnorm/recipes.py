@@ -1,30 +1,22 @@
-"""Outputs that the backward pass builds again instead of finding them stored: what `memory_efficient` rests on.
+"""Outputs that the backward pass builds again instead of finding them stored, for `memory_efficient`.
 
-While a recording is on, a layer offers its output with a recipe: how to compute it again from tensors that are
-stored anyway. Of what later operations save for their backward, the offered outputs are then replaced by their
-recipes (torch.autograd.graph.saved_tensors_hooks).
+While a recording is on, a layer offers its output with a recipe: how to compute it again from tensors that
+are stored anyway. Of what later operations save for their backward, the offered outputs are then replaced by
+their recipes (torch.autograd.graph.saved_tensors_hooks).
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-_recording = threading.local()
-
-
-class _Recipe(NamedTuple):
-    """How to compute an output again: a function of tensors, which must still be as they were."""
-
-    storage: StorageWeakRef
-    version: int
-    ingredients: tuple[_Stored, ...]
-    rebuild: Callable[..., Tensor]
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 class _Stored(NamedTuple):
@@ -35,7 +27,8 @@ class _Stored(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Stored:
-        return cls(tensor, tensor._version)
+        # Detached: the output of an operation would keep alive the node that it is saved in.
+        return cls(tensor.detach(), tensor._version)
 
     def unchanged(self) -> Tensor:
         if self.tensor._version != self.version:
@@ -47,70 +40,107 @@ class _Stored(NamedTuple):
         return self.tensor
 
 
+class _Recipe(NamedTuple):
+    """How to compute an output again: a function of tensors, which must still be as they were."""
+
+    storage: StorageWeakRef
+    version: int
+    dtype: torch.dtype
+    ingredients: tuple[_Stored, ...]
+    rebuild: Callable[..., Tensor]
+
+
 class _Rebuilt(NamedTuple):
     """A view of an output that is computed again."""
 
     recipe: _Recipe
-    size: tuple[int, ...]
+    size: torch.Size
     stride: tuple[int, ...]
     offset: int
 
     def build(self) -> Tensor:
         whole = self.recipe.rebuild(*[ingredient.unchanged() for ingredient in self.recipe.ingredients])
-        if whole.shape == self.size and whole.stride() == self.stride and self.offset == 0:
-            return whole
         return whole.as_strided(self.size, self.stride, self.offset)
 
 
+class _Recording(threading.local):
+    # By the address of an output's storage, which stays taken as long as there is a weak reference to it.
+    recipes: dict[int, _Recipe] | None = None
+
+
+_recording = _Recording()
+
+
 class Recording(saved_tensors_hooks):
-    """Context in which offered outputs are saved for backward as their recipes."""
+    """Context in which offered outputs are saved as their recipes; one inside another changes nothing."""
 
     def __init__(self) -> None:
         super().__init__(_pack, _unpack)
 
     def __enter__(self) -> None:
-        _recording.recipes = {}
         super().__enter__()
+        self._outer = _recording.recipes
+        if self._outer is None:
+            _recording.recipes = {}
 
     def __exit__(self, *error: object) -> None:
+        _recording.recipes = self._outer
         super().__exit__(*error)
-        _recording.recipes = None
 
 
 def is_recording() -> bool:
     """Whether an output that is offered now may be replaced by its recipe."""
-    return getattr(_recording, "recipes", None) is not None
+    return _recording.recipes is not None and not others_save()
+
+
+def others_save() -> bool:
+    """Whether other hooks, such as a checkpoint's, get what is saved; no where torch cannot tell."""
+    hooks = None if _top_hooks is None else _top_hooks(True)
+    return hooks is not None and hooks[0] is not _pack
 
 
 def offer(y: Tensor, ingredients: tuple[Tensor, ...], rebuild: Callable[..., Tensor]) -> None:
-    """Let `y` be saved for backward as `rebuild`, which computes it from the ingredients.
+    """Let `y`, new and alone in its memory, be saved as `rebuild`, which computes it from the ingredients.
 
     Not where an ingredient is itself an output with a recipe: rebuilding would go back layer after layer,
     to the start of a residual network.
     """
-    if any(_recipe_of(tensor) is not None for tensor in ingredients):
+    recipes = _recording.recipes
+    if recipes is None or any(_recipe_of(tensor) is not None for tensor in ingredients):
         return
+    if len(recipes) % _PRUNE_EVERY == _PRUNE_EVERY - 1:
+        # A forward may be a long loop; the recipes of what it has let go keep their ingredients alive.
+        for address in [address for address, recipe in recipes.items() if recipe.storage.expired()]:
+            del recipes[address]
     storage = y.untyped_storage()
-    stored = tuple(_Stored.of(tensor.detach()) for tensor in ingredients)
-    _recording.recipes[storage._cdata] = _Recipe(StorageWeakRef(storage), y._version, stored, rebuild)
+    stored = tuple(map(_Stored.of, ingredients))
+    recipes[storage._cdata] = _Recipe(StorageWeakRef(storage), y._version, y.dtype, stored, rebuild)
+
+
+_PRUNE_EVERY = 16
 
 
 def _recipe_of(tensor: Tensor) -> _Recipe | None:
+    assert _recording.recipes is not None
     try:
         recipe = _recording.recipes.get(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # a sparse tensor, a wrapper: it has no storage
         return None
-    # A freed storage's address may be another's by now; a version that moved on is another content.
-    if recipe is None or recipe.storage.expired() or tensor._version != recipe.version:
+    if (
+        recipe is None
+        or tensor._version != recipe.version  # its content is another by now
+        or tensor.dtype != recipe.dtype  # a view as other numbers
+        or tensor.is_neg()
+    ):
         return None
     return recipe
 
 
-def _pack(tensor: Tensor) -> _Stored | _Rebuilt:
-    recipe = _recipe_of(tensor) if is_recording() else None
+def _pack(tensor: Tensor) -> Any:
+    recipe = None if _recording.recipes is None else _recipe_of(tensor)
     if recipe is None:
         return _Stored.of(tensor)
-    return _Rebuilt(recipe, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+    return _Rebuilt(recipe, tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _unpack(saved: _Stored | _Rebuilt) -> Tensor:

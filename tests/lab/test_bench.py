@@ -275,7 +275,6 @@ def test_whole_networks() -> None:
     assert set(plain["step_ratios"]) == set(nets.steps)
 
 
-@pytest.mark.skipif(not hasattr(batchnorm, "memory_efficient"), reason="memory_efficient is not there yet")
 def test_the_memory_efficient_stack_saves_less() -> None:
     nets = measure_nets(NO_TIME, stack_size=8, batch=2, image_size=32, width=4)
     assert nets.saved_ratio(MEMORY_EFFICIENT) < 0.6

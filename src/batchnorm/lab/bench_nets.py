@@ -73,9 +73,8 @@ def _stack_bytes(shape: Shape) -> dict[str, int]:
         TORCH: _stack(lambda: [nn.BatchNorm2d(size), nn.ReLU()], size),
         OURS: _stack(lambda: [batchnorm.BatchNorm2d(size, activation="relu")], size),
     }
-    if hasattr(batchnorm, "memory_efficient"):
-        model = _stack(lambda: [batchnorm.BatchNorm2d(size, activation="relu")], size)
-        stacks[MEMORY_EFFICIENT] = batchnorm.memory_efficient(model)
+    model = _stack(lambda: [batchnorm.BatchNorm2d(size, activation="relu")], size)
+    stacks[MEMORY_EFFICIENT] = batchnorm.memory_efficient(model)
     return {name: held_bytes(partial(_loss, stack, shape)) for name, stack in stacks.items()}
 
 

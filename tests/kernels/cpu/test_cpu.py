@@ -5,16 +5,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 
 import batchnorm as bn
-from batchnorm.kernels import choose, cpu, reference
-from batchnorm.kernels.cpu import groups, plan, rows, slabs
+from batchnorm.kernels import choose, cpu
+from batchnorm.kernels.cpu import groups, rows, slabs
+from batchnorm.kernels.cpu.plan import _GROUP_COLUMNS, _SHORT_RUN, _TILE_BYTES, _WIDE_ROW, plan
 
-# Largest error as a share of the largest term, for the same rounded inputs: the order of sums, some roundings.
+# Largest error as a share of the largest term, for the same rounded inputs: order of sums, some roundings.
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12}
 DTYPES = tuple(TOLERANCE)
 EPS = 1e-3
@@ -71,7 +69,9 @@ class Case:
         return y, self.gradients(y, given_)
 
     def gradients(self, y, given_):
-        asked = {name: tensor for name, tensor in given_.items() if tensor is not None and tensor.requires_grad}
+        asked = {
+            name: tensor for name, tensor in given_.items() if tensor is not None and tensor.requires_grad
+        }
         if not asked:
             assert not y.requires_grad
             return {}
@@ -135,15 +135,15 @@ def statistics(channels, dtype):
 
 
 def kind(x, channel_dim):
-    found = plan.plan(x.shape, x.stride(), x.dtype, channel_dim, 1)
+    found = plan(x.shape, x.stride(), x.dtype, channel_dim, 1)
     return None if found is None else found.kind
 
 
 # ------------------------------------------------------------------------- every block and tile boundary
 
-B, G, W, T = slabs.BLOCK, plan._GROUP_COLUMNS, plan._WIDE_ROW, rows.TILE_COLUMNS
-RUN = plan._SHORT_RUN
-TILE = plan._TILE_BYTES // 4
+B, G, W, T = slabs.BLOCK, _GROUP_COLUMNS, _WIDE_ROW, rows.TILE_COLUMNS
+RUN = _SHORT_RUN
+TILE = _TILE_BYTES // 4
 SHAPES = {
     "slabs": [
         (1, 1, RUN + 1), (2, 2, RUN + 1), (3, 5, 131),
@@ -253,7 +253,11 @@ def test_only_what_requires_gradients_gets_them(name, activation, training, form
 def test_gradients_of_some_inputs(asked, name, formula):
     shape = SMALL[name]
     tensors = dict(
-        zip(INPUTS, (normal(shape, torch.float64), *affine(4, torch.float64).values(), torch.randn(shape)), strict=True)
+        zip(
+            INPUTS,
+            (normal(shape, torch.float64), *affine(4, torch.float64).values(), torch.randn(shape)),
+            strict=True,
+        )
     )
     tensors = {key: value.double().requires_grad_() for key, value in tensors.items()}
     x, weight, bias, residual = tensors.values()
@@ -318,7 +322,9 @@ def test_a_layer_equals_torch_nn(shape):
             layer.train(training).zero_grad()
             layer(tensor).backward(grad)
         torch.testing.assert_close(x[0].grad, x[1].grad, rtol=1e-4, atol=1e-5)
-        for (name, found), wanted in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        for (name, found), wanted in zip(
+            ours.state_dict().items(), theirs.state_dict().values(), strict=True
+        ):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6, msg=f"{name}, step {step}")
         for found, wanted in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-4)

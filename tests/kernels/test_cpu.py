@@ -1,0 +1,582 @@
+"""The CPU kernels against the definition in float64, at their edges, with threads, and when not used."""
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd.gradcheck import GradcheckError
+
+import batchnorm as bn
+from batchnorm.kernels import choose, cpu, native, reference
+from batchnorm.kernels.cpu import machine_code, team
+
+EPS = 1e-5
+# Largest error as a share of the largest value, by dtype: some roundings of 6e-8 and 1e-16.
+TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13}
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+# `cpu.plan` is the function of that name in the module of that name.
+plan_module = sys.modules["batchnorm.kernels.cpu.plan"]
+
+pytestmark = pytest.mark.skipif(not team.available(), reason="torch's threads are not libgomp's here")
+
+
+@pytest.fixture(autouse=True)
+def _small_inputs_too(monkeypatch):
+    monkeypatch.setattr(cpu, "SMALLEST", 1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """A function that sets how many threads even small inputs are computed by."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(team, "_WORTH_A_TEAM", 1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def inputs(shape, dtype=torch.float32, last=False, channel_dim=1, affine=True, offset=0.0):
+    """x, weight, bias, residual and upstream gradient."""
+    x, residual, grad = (torch.randn(shape, dtype=dtype) for _ in range(3))
+    x = x + offset
+    if last:
+        x, residual, grad = (t.contiguous(memory_format=LAST[len(shape)]) for t in (x, residual, grad))
+    channels = shape[channel_dim]
+    weight = torch.randn(channels, dtype=dtype) if affine else None
+    bias = torch.randn(channels, dtype=dtype) if affine else None
+    return x, weight, bias, residual, grad
+
+
+def by_definition(x, weight, bias, residual, grad, activation=None, channel_dim=1, running=None):
+    """Output, moments and gradients in float64, by torch.var_mean and autograd."""
+    leaves = [
+        None if t is None else t.detach().double().requires_grad_() for t in (x, weight, bias, residual)
+    ]
+    x, weight, bias, residual = leaves
+    view = [-1 if dim == channel_dim % x.ndim else 1 for dim in range(x.ndim)]
+    dims = [dim for dim in range(x.ndim) if dim != channel_dim % x.ndim]
+    if running is None:
+        var, mean = torch.var_mean(x, dims, correction=0)
+    else:
+        mean, var = (t.double() for t in running)
+    z = (x - mean.view(view)) * torch.rsqrt(var.view(view) + EPS)
+    z = z if weight is None else z * weight.view(view) + bias.view(view)
+    y = reference.finish(z, activation, residual)
+    y.backward(grad.double())
+    return [y.detach(), mean.detach(), var.detach(), *[None if t is None else t.grad for t in leaves]]
+
+
+def by_kernel(x, weight, bias, residual, grad, activation=None, channel_dim=1, running=None):
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias, residual)]
+    x, weight, bias, residual = leaves
+    assert choose(x, channel_dim % x.ndim, (weight, bias), residual) is cpu
+    options = {
+        "eps": EPS, "channel_dim": channel_dim % x.ndim, "activation": activation, "residual": residual,
+    }  # fmt: skip
+    if running is None:
+        y, moments = cpu.training(x, weight, bias, **options)
+        mean, var = moments.mean, moments.var()
+    else:
+        y, (mean, var) = cpu.inference(x, *running, weight, bias, **options), running
+    y.backward(grad)
+    return [y.detach(), mean, var, *[None if t is None else t.grad for t in leaves]]
+
+
+NAMES = ("y", "mean", "var", "x", "weight", "bias", "residual")
+
+
+def agree(actual, expected, dtype, factor=1.0, term=0.0):
+    """`term` is the size of the terms that cancel in a gradient of x."""
+    for name, got, wanted in zip(NAMES, actual, expected, strict=True):
+        if wanted is None:
+            assert got is None, name
+            continue
+        scale = max(wanted.abs().max().item(), 0.1, term if name == "x" else 0.0)
+        if name in ("weight", "bias"):
+            scale = max(scale, 10.0)  # sums of many terms that cancel
+        atol = TOLERANCE[dtype] * factor * scale
+        torch.testing.assert_close(
+            got.double(), wanted, rtol=0, atol=atol, msg=lambda message, name=name: f"{name}: {message}"
+        )
+
+
+def size_of_terms(weight, grad, var):
+    """Of `weight * grad / std`, which is about nothing in the end where a batch has two values."""
+    scale = torch.rsqrt(var.min() + EPS).item() * grad.abs().max().item()
+    return scale * (1.0 if weight is None else weight.abs().max().item())
+
+
+def check(shape, dtype=torch.float32, activation=None, with_residual=False, running=False, **options):
+    channel_dim = options.get("channel_dim", 1)
+    x, weight, bias, residual, grad = inputs(shape, dtype, **options)
+    residual = residual if with_residual else None
+    statistics = None
+    if running:
+        channels = shape[channel_dim]
+        statistics = (torch.randn(channels, dtype=dtype), torch.rand(channels, dtype=dtype) + 0.5)
+    call = (x, weight, bias, residual, grad, activation, channel_dim, statistics)
+    expected = by_definition(*call)
+    agree(by_kernel(*call), expected, dtype, term=size_of_terms(weight, grad, expected[2]))
+
+
+# Shapes on both sides of every block, tile and choice of kernel.
+
+BLOCK, SHORT, WIDE = 4096, 128, 64
+POSITIONS = [1, 2, 3, 31, SHORT - 1, SHORT, SHORT + 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3]
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize(("samples", "channels"), [(1, 1), (2, 3), (3, 2), (7, 5)])
+def test_contiguous_across_blocks(samples, channels, positions):
+    if samples * positions > 1:
+        check((samples, channels, positions))
+        check((samples, channels, positions), activation="relu", running=True)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 7, 8, 9, 16, 17, 33, 146, 147])
+@pytest.mark.parametrize("positions", [4, 49, 64, 100])
+def test_groups_of_short_runs(channels, positions):
+    for samples in (1, 2, 4, 5, 41):
+        check((samples, channels, positions), activation="relu", with_residual=samples % 2 == 0)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 31, WIDE - 1, WIDE, WIDE + 1, 511, 512, 513, 1031])
+def test_rows_across_tiles(channels):
+    for rows in (2, 3, 4, 5, 31, 32, 33, 263):
+        check((rows, channels), activation="relu")
+    check((2, channels, 5, 7), last=True)
+    check((2, channels, 3, 5, 1), last=True, running=True)
+    check((3, 11, channels), channel_dim=-1, with_residual=True, activation="silu")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(6, 5), (4, 5, 150), (4, 9, 6, 6), (2, 3, 4, 5, 6)])
+@pytest.mark.parametrize("last", [False, True])
+def test_dtypes_ranks_and_affine(shape, dtype, last):
+    last = last and len(shape) in LAST
+    for affine in (True, False):
+        for running in (True, False):
+            check(shape, dtype, affine=affine, running=running, last=last)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("activation", [*sorted(filter(None, cpu.FUSED)), "softplus"])
+def test_activations(activation, dtype):
+    if activation == "hardsigmoid" and dtype == torch.float64:
+        dtype = torch.float32  # torch's own slope in float64 is 1/6 in float32
+    for shape, last in [((5, 9, 7, 7), False), ((3, 5, 13, 13), False), ((3, 5, 13, 13), True)]:
+        for with_residual in (False, True):
+            check(shape, dtype, activation, with_residual, last=last)
+            check(shape, dtype, activation, with_residual, last=last, running=True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("activation", sorted(filter(None, cpu.FUSED)))
+def test_activations_over_the_whole_line(activation, dtype):
+    z = torch.cat(
+        [torch.linspace(-120, 120, 100_001), torch.randn(1000) * 1e-4, torch.tensor([-0.0, 1e30, -1e30])]
+    )
+    z = z.to(dtype)[:, None].requires_grad_()
+    mean, var = torch.zeros(1, dtype=dtype), torch.full((1,), 1 - 1e-12, dtype=dtype)
+    y = cpu.inference(z, mean, var, None, None, eps=1e-12, channel_dim=1, activation=activation)
+    y.sum().backward()
+    wide = z.detach().double().requires_grad_()
+    wanted = reference.ACTIVATIONS[activation](wide)
+    wanted.sum().backward()
+    digits = {torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
+    torch.testing.assert_close(y.double(), wanted, rtol=digits, atol=digits)
+    if activation == "hardsigmoid":
+        digits = 1e-7
+    torch.testing.assert_close(z.grad.double(), wide.grad, rtol=2 * digits, atol=2 * digits)
+    nan = torch.full((40, 1), torch.nan, dtype=dtype)
+    y = cpu.inference(nan, mean, var, None, None, eps=EPS, channel_dim=1, activation=activation)
+    assert y.isnan().all()
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1, 2), (1,), (2,), (3,), (0, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("running", [False, True])
+def test_gradients_of_some_inputs(wanted, activation, running):
+    for shape in [(4, 5, 200), (6, 9, 7, 7), (40, 6)]:
+        x, weight, bias, residual, grad = inputs(shape, torch.float64)
+        statistics = (torch.randn(shape[1]).double(), torch.rand(shape[1]).double() + 1) if running else None
+        expected = by_definition(x, weight, bias, residual, grad, activation, running=statistics)[3:]
+        leaves = [t.clone().requires_grad_(k in wanted) for k, t in enumerate((x, weight, bias, residual))]
+        options = {"eps": EPS, "channel_dim": 1, "activation": activation, "residual": leaves[3]}
+        if running:
+            y = cpu.inference(leaves[0], *statistics, leaves[1], leaves[2], **options)
+        else:
+            y, _ = cpu.training(leaves[0], leaves[1], leaves[2], **options)
+        y.backward(grad)
+        for k, leaf in enumerate(leaves):
+            if k in wanted:
+                torch.testing.assert_close(leaf.grad, expected[k], rtol=0, atol=1e-11)
+            else:
+                assert leaf.grad is None
+
+
+# Numbers that are hard to sum.
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e3, 1e4])
+@pytest.mark.parametrize(
+    ("shape", "last"), [((8, 3, 50, 50), False), ((64, 9, 7, 7), False), ((8, 12, 20, 20), True)]
+)
+def test_far_from_zero(shape, last, offset):
+    x, weight, bias, _, grad = inputs(shape, last=last, offset=offset)
+    _, moments = cpu.training(x, weight, bias, eps=EPS, channel_dim=1)
+    var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(moments.var(), var, rtol=1e-5, atol=0)
+    torch.testing.assert_close(moments.mean, mean, rtol=1e-7, atol=0)
+    agree(
+        by_kernel(x, weight, bias, None, grad), by_definition(x, weight, bias, None, grad), torch.float32, 3
+    )
+
+
+HARD = [((4, 3, 40, 40), False), ((16, 9, 7, 7), False), ((4, 5, 20, 20), True), ((50, 70), False)]
+
+
+@pytest.mark.parametrize(("shape", "last"), HARD)
+@pytest.mark.parametrize("kind", ["huge", "tiny", "zero", "gradient"])
+def test_values_whose_sums_overflow_or_underflow(shape, last, kind):
+    x, weight, bias, _, grad = inputs(shape, last=last)
+    if kind == "gradient":
+        x, grad = x * 1e10, grad * 1e29
+    else:
+        x *= {"huge": 1e30, "tiny": 1e-41, "zero": 0.0}[kind]
+    got = by_kernel(x, weight, bias, None, grad)
+    wanted = by_definition(x, weight, bias, None, grad)
+    for name, a, b in zip(NAMES[:-1], got[:-1], wanted[:-1], strict=True):
+        if name == "x" and kind == "huge":
+            continue  # docs/design.md, known limits: its coefficients are below float32
+        a, b = a.float().double(), b.float().double()
+        atol = 2e-5 * b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
+        torch.testing.assert_close(
+            a, b, rtol=1e-4, atol=atol + 1e-38, msg=lambda message, name=name: f"{name}: {message}"
+        )
+
+
+@pytest.mark.parametrize(("shape", "last"), HARD)
+def test_a_large_constant_has_no_variance(shape, last):
+    x = torch.full(shape, 3.0e38)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    y, moments = cpu.training(x, None, None, eps=EPS, channel_dim=1)
+    torch.testing.assert_close(moments.mean, x.double().flatten()[0].expand(shape[1]), rtol=1e-7, atol=0)
+    assert (moments.var() <= (1e-7 * 3e38) ** 2).all()
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize(("shape", "last"), HARD)
+@pytest.mark.parametrize("kind", ["nan", "inf", "both infs"])
+def test_nan_and_inf_go_where_torch_lets_them(shape, last, kind):
+    x, weight, bias, _, grad = inputs(shape, last=last)
+    x[1, 1] = torch.nan if kind == "nan" else torch.inf
+    x[0, 1] = -torch.inf if kind == "both infs" else 0.0
+    leaves = [[t.clone().requires_grad_() for t in (x, weight, bias)] for _ in range(2)]
+    found = []
+    for kernel, (x, weight, bias) in zip((cpu, native), leaves, strict=True):
+        y, moments = kernel.training(x, weight, bias, eps=EPS, channel_dim=1)
+        y.backward(grad)
+        found.append([y, moments.mean, moments.m2, x.grad, weight.grad, bias.grad])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.isinf(), theirs.isinf())
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_shapes(data):
+    rank = data.draw(st.integers(2, 5))
+    shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=rank, max_size=rank)))
+    channel_dim = data.draw(st.sampled_from([1, rank - 1]))
+    if torch.Size(shape).numel() <= shape[channel_dim]:
+        return
+    check(
+        shape,
+        data.draw(st.sampled_from(list(TOLERANCE))),
+        data.draw(st.sampled_from([None, "relu", "tanh"])),
+        data.draw(st.booleans()),
+        data.draw(st.booleans()),
+        channel_dim=channel_dim,
+        last=channel_dim == 1 and rank in LAST and data.draw(st.booleans()),
+        affine=data.draw(st.booleans()),
+    )
+
+
+# Statistics that move, and the layers.
+
+
+@pytest.mark.parametrize(
+    ("rank", "shape"), [(1, (40, 7)), (1, (6, 7, 30)), (2, (4, 7, 9, 9)), (3, (2, 7, 3, 4, 5))]
+)
+def test_a_layer_equals_torch_nn(rank, shape):
+    theirs, ours = (getattr(module, f"BatchNorm{rank}d")(7).double() for module in (nn, bn))
+    for step, train in enumerate([True, True, False, True]):
+        x = torch.randn(shape, dtype=torch.float64) * (step + 1) + step
+        theirs.train(train), ours.train(train)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-12, atol=1e-12)
+
+
+def test_buffers_may_be_overwritten_before_the_backward_pass():
+    layer = bn.BatchNorm2d(5)
+    x, grad = torch.randn(2, 4, 5, 9, 9)
+    for train in (True, False):
+        layer.train(train)
+        layer.zero_grad()
+        layer(x).backward(grad)
+        wanted = layer.weight.grad.clone()
+        layer.zero_grad()
+        y = layer(x)
+        layer.running_mean.add_(1)
+        layer.running_var.mul_(2)
+        y.backward(grad)
+        if train:
+            torch.testing.assert_close(layer.weight.grad, wanted, rtol=0, atol=0)
+
+
+# Autograd.
+
+
+@pytest.mark.parametrize("activation", [None, "silu", "relu"])
+@pytest.mark.parametrize("shape", [(3, 2, 130), (3, 4, 5), (7, 3)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_gradcheck(shape, activation, with_residual):
+    x, weight, bias, residual, _ = inputs(shape, torch.float64)
+    tensors = [t.requires_grad_() for t in (x, weight, bias, residual)[: 4 if with_residual else 3]]
+    running = (torch.randn(shape[1]).double(), torch.rand(shape[1]).double() + 1)
+
+    def train(x, weight, bias, residual=None):
+        return cpu.training(
+            x, weight, bias, eps=EPS, channel_dim=1, activation=activation, residual=residual
+        )[0]
+
+    def evaluate(x, weight, bias, residual=None):
+        options = {"eps": EPS, "channel_dim": 1, "activation": activation, "residual": residual}
+        return cpu.inference(x, *running, weight, bias, **options)
+
+    fast = shape[-1] == 130
+    for function in (train, evaluate):
+        assert gradcheck(function, tensors, check_batched_grad=True, fast_mode=fast)
+        assert gradgradcheck(function, tensors, fast_mode=fast, atol=1e-4)
+
+
+def test_backward_passes_again_and_odd_upstream_gradients():
+    for shape in [(4, 5, 200), (6, 9, 7, 7), (40, 6)]:
+        x, weight, bias, _, _ = inputs(shape, torch.float64)
+        x.requires_grad_()
+        y, _ = cpu.training(x, weight, bias, eps=EPS, channel_dim=1, activation="relu")
+        first, second = (
+            torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)[0] for _ in range(2)
+        )
+        assert torch.equal(first, second)
+        (expanded,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        assert torch.equal(expanded, first)
+        strided = torch.stack([torch.ones_like(y)] * 2, -1)[..., 0]
+        assert torch.equal(torch.autograd.grad(y, x, strided)[0], first)
+
+
+def test_tensors_changed_in_place():
+    x, weight, bias, _, grad = inputs((4, 5, 200), torch.float64)
+    weight.requires_grad_()
+    y, _ = cpu.training(x, weight, bias, eps=EPS, channel_dim=1)
+    (wanted,) = torch.autograd.grad(y, weight, grad, retain_graph=True)
+    weight.data.mul_(2)
+    assert torch.equal(torch.autograd.grad(y, weight, grad, retain_graph=True)[0], wanted)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y, weight, grad, create_graph=True)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(grad)
+
+
+# Threads and processes.
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_number_of_threads(threads, count):
+    threads(count)
+    assert team.size(100) == count
+    shapes = [(2, 3, 50, 50), (9, 2, 300), (8, 17, 7, 7), (4, 5, 20, 20), (70, 9), (1, 1, 2)]
+    for shape in shapes:
+        last = shape == (4, 5, 20, 20)
+        check(shape, activation="relu", with_residual=True, last=last)
+        check(shape, activation="tanh", running=True, last=last)
+        x, weight, bias, _, grad = inputs(shape, last=last)
+        for a, b in zip(*(by_kernel(x, weight, bias, None, grad) for _ in range(2)), strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_eight_python_threads_at_once(threads):
+    threads(2)
+    layer = bn.BatchNorm2d(9, activation="relu").eval()
+    work = [torch.randn(8, 9, 12, 12 + k) for k in range(8)]
+    alone = [layer(x) for x in work]
+    failed = []
+
+    def run(x, wanted):
+        for _ in range(30):
+            if not torch.equal(layer(x), wanted):
+                failed.append(x.shape)
+
+    runners = [threading.Thread(target=run, args=pair) for pair in zip(work, alone, strict=True)]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join()
+    assert not failed
+
+
+def in_process(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], env={**os.environ, **environment}, capture_output=True,
+        text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+STEP = (
+    "x = torch.randn(16, 8, 50, 50, requires_grad=True);"
+    " bn.BatchNorm2d(8, activation='relu')(x).sum().backward();"
+)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child():
+    # Nothing of torch's own is computed in the child on as many values: it is torch that would hang there.
+    code = """
+import os, torch, batchnorm as bn
+torch.set_num_threads(2)
+layer = bn.BatchNorm2d(8, activation="relu")
+x, grad = torch.randn(2, 16, 8, 50, 50)
+x.requires_grad_()
+layer(x).backward(grad)
+wanted = layer.weight.grad.clone()
+child = os.fork()
+if child == 0:
+    layer.weight.grad = x.grad = None
+    layer(x).backward(grad)
+    os._exit(0 if torch.allclose(layer.weight.grad, wanted, rtol=1e-4, atol=1e-3) else 1)
+assert os.waitpid(child, 0)[1] == 0
+layer(x).backward(grad)
+"""
+    in_process(code)
+
+
+# Compiled code on disk.
+
+
+def test_a_warm_cache_does_without_numba(tmp_path):
+    code = f"import sys, torch, batchnorm as bn; {STEP} print('numba' in sys.modules)"
+    assert in_process(code, BATCHNORM_CACHE=str(tmp_path)).strip() == "True"
+    assert in_process(code, BATCHNORM_CACHE=str(tmp_path)).strip() == "False"
+    files = sorted(tmp_path.iterdir())
+    assert files
+    assert {file.suffix for file in files} == {".o"}
+
+
+def small_function(name):
+    def build():
+        import numpy as np
+
+        from batchnorm.kernels.cpu import runs
+
+        return runs.apply_run(np.float32, None, False)
+
+    return machine_code.load(name, build, {})
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda c: b"", lambda c: c[:-7], lambda c: c[:-1] + b"x", lambda c: b"y" + c[1:]]
+)
+def test_a_damaged_file_is_compiled_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("BATCHNORM_CACHE", str(tmp_path))
+    assert small_function("small")
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    file.write_bytes(damage(content))
+    assert small_function("small")
+    assert file.read_bytes()[32:] != damage(content)[32:] or file.read_bytes() == content
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("BATCHNORM_CACHE", str(blocked / "below"))
+    assert small_function("small")
+    assert blocked.read_text() == "not a folder"
+
+
+def test_a_broken_compiler_is_said_once(monkeypatch):
+    def broken(*arguments):
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(machine_code, "load", broken)
+    cpu._work.cache_clear()
+    plan_module.function.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="no compiler"):
+            assert choose(torch.randn(4, 3), 1) is native
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert choose(torch.randn(4, 3), 1) is native
+    finally:
+        cpu._work.cache_clear()
+
+
+# Where they stand back.
+
+
+def test_the_choice(monkeypatch):
+    x, weight = torch.randn(4, 6, 5, 5), torch.ones(6)
+    assert choose(x, 1, (weight, None)) is cpu
+    assert choose(x.contiguous(memory_format=torch.channels_last), 1) is cpu
+    assert choose(x, 3) is cpu
+    for other in (x[:, :, ::2], x.transpose(0, 1), x.expand(2, 4, 6, 5, 5), x.bfloat16(), x.half()):
+        assert choose(other, 1) is not cpu
+    assert choose(x, 1, (weight.double(),)) is reference
+    assert choose(x, 1, (weight,), x.double()) is native
+    assert choose(x[:0], 1) is reference
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert choose(mode.from_tensor(x), 1) is not cpu
+    with forward_ad.dual_level():
+        assert choose(x, 1) is not cpu
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose(x, 1) is native
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(cpu, "SMALLEST", x.numel() + 1)
+    assert choose(x, 1) is native
+
+
+def test_under_transforms_and_compilers():
+    x = torch.randn(4, 6, 5, 5)
+    wanted = bn.batch_norm(x, activation="relu")[0]
+    got = torch.func.vmap(lambda part: bn.batch_norm(part, activation="relu")[0])(x[None])
+    torch.testing.assert_close(got[0], wanted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(bn.BatchNorm2d(6).eval(), x)
+    torch.testing.assert_close(traced(x), bn.BatchNorm2d(6).eval()(x))
+    compiled = torch.compile(bn.BatchNorm2d(6, activation="relu"), backend="eager")
+    torch.testing.assert_close(compiled(x), wanted)
+    torch._dynamo.reset()
+
+
+def test_gradcheck_can_fail():
+    with pytest.raises(GradcheckError):
+        gradcheck(lambda x: cpu.training(x.detach() + 0 * x, None, None, eps=EPS, channel_dim=1)[0] * x,
+                  (torch.randn(5, 3, dtype=torch.float64, requires_grad=True),))  # fmt: skip
