@@ -29,6 +29,7 @@ def _seed():
 def kernel(request, monkeypatch):
     """Each of the kernels in turn, whatever the choice would be."""
     if request.param is cpu:
+        monkeypatch.setattr(cpu, "MAPPED", 0)
         monkeypatch.setattr(cpu, "SMALLEST", 1)  # the choice by itself, where size does not decide
     else:
         monkeypatch.setattr(functional, "choose", lambda *tensors, **options: request.param)

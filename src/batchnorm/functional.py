@@ -149,7 +149,7 @@ def normalize(
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError("training=False normalises by running_mean and running_var: pass both")
-        kernel = choose(x, channel_dim, (weight, bias, running_mean, running_var), residual)
+        kernel = choose(x, channel_dim, (weight, bias, running_mean, running_var), residual, activation)
         if running_mean.requires_grad or running_var.requires_grad:
             kernel = reference  # the only one that is differentiable in them
         y = kernel.inference(
@@ -165,7 +165,7 @@ def normalize(
         )
         return y, None
     if mask is None and renorm is None and (ghost_batch_size is None or ghost_batch_size >= x.shape[0]):
-        kernel = choose(x, channel_dim, (weight, bias), residual)
+        kernel = choose(x, channel_dim, (weight, bias), residual, activation)
         return kernel.training(
             x, weight, bias, eps=eps, channel_dim=channel_dim, activation=activation, residual=residual
         )

@@ -147,7 +147,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             weight, mean = self._parameters.get("weight"), self._buffers["running_mean"]
             if weight is None:
                 weight = self.weight  # parametrized, or there is none
-            kernel = choose(x, channel_dim, (weight, mean), residual, True)
+            kernel = choose(x, channel_dim, (weight, mean), residual, self._activation, True)
             if kernel is not reference:
                 return self._forward_moving(kernel, x, weight, residual, channel_dim)
         return self._forward_any(x, residual, mask, channel_dim)

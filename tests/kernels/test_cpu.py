@@ -32,6 +32,7 @@ pytestmark = pytest.mark.skipif(not team.available(), reason="torch's threads ar
 @pytest.fixture(autouse=True)
 def _small_inputs_too(monkeypatch):
     monkeypatch.setattr(cpu, "SMALLEST", 1)
+    monkeypatch.setattr(cpu, "MAPPED", 0)
     torch.manual_seed(0)
 
 
@@ -130,8 +131,8 @@ def check(shape, dtype=torch.float32, activation=None, with_residual=False, runn
 
 # Shapes on both sides of every block, tile and choice of kernel.
 
-BLOCK, SHORT, WIDE = 4096, 128, 64
-POSITIONS = [1, 2, 3, 31, SHORT - 1, SHORT, SHORT + 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3]
+BLOCK, SHORT, WIDE = 4096, 256, 64
+POSITIONS = [1, 2, 3, 31, 127, SHORT - 1, SHORT, SHORT + 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3]
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -143,9 +144,9 @@ def test_contiguous_across_blocks(samples, channels, positions):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 7, 8, 9, 16, 17, 33, 146, 147])
-@pytest.mark.parametrize("positions", [4, 49, 64, 100])
+@pytest.mark.parametrize("positions", [4, 49, 100, 1024, 1025])
 def test_groups_of_short_runs(channels, positions):
-    for samples in (1, 2, 4, 5, 41):
+    for samples in (1, 2, 4, 5, 31, 32, 41):
         check((samples, channels, positions), activation="relu", with_residual=samples % 2 == 0)
 
 
@@ -558,6 +559,10 @@ def test_the_choice(monkeypatch):
         assert choose(x, 1) is native
     finally:
         torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(cpu, "MAPPED", 4 * 64 * 100)
+    for rows, channels, activation in [(100, 64, None), (99, 64, "relu"), (99, 31, None)]:
+        assert choose(torch.randn(rows, channels), 1, activation=activation) is cpu
+    assert choose(torch.randn(99, 64), 1) is native
     monkeypatch.setattr(cpu, "SMALLEST", x.numel() + 1)
     assert choose(x, 1) is native
 

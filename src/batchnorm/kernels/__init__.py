@@ -16,6 +16,7 @@ def choose(
     channel_dim: int,
     parameters: tuple[Tensor | None, ...] = (),
     residual: Tensor | None = None,
+    activation: str | None = None,
     moving: bool = False,
 ) -> ModuleType:
     """The fastest kernel that takes `x` and its per-channel tensors where this code is running.
@@ -28,6 +29,6 @@ def choose(
         return native if moving and native.supports(x, parameters) else reference
     if under_transform():
         return reference  # the only one that vmap, jvp and their like can look into
-    if cpu.supports(x, channel_dim, parameters, residual):
+    if cpu.supports(x, channel_dim, parameters, residual, activation):
         return cpu
     return native if native.supports(x, parameters) else reference

@@ -33,14 +33,20 @@ _PLAIN_TYPES = (Tensor, nn.Parameter)
 
 # For fewer values torch's operator is done before an autograd function in Python has begun.
 SMALLEST = 32768
+# Channels of a row, and bytes of a tensor, from which on torch's channels_last operator falls behind again.
+NARROW, MAPPED = 32, 32 * 1024 * 1024
 
 _pack = struct.Struct(f.FORMAT).pack
 
 
 def supports(
-    x: Tensor, channel_dim: int, parameters: tuple[Tensor | None, ...], residual: Tensor | None
+    x: Tensor,
+    channel_dim: int,
+    parameters: tuple[Tensor | None, ...] = (),
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> bool:
-    """Whether the kernels take these tensors where this code is running."""
+    """Whether the kernels take these tensors where this code is running, and are faster than torch's."""
     size, dtype = x.numel(), x.dtype
     if size < SMALLEST and not (size and recipes.is_recording()):
         return False
@@ -61,7 +67,14 @@ def supports(
         residual.dtype is dtype and type(residual) in _PLAIN_TYPES and residual.layout is torch.strided
     ):
         return False
-    return _can_run_here() and _plan(x, channel_dim) is not None and _work()
+    the_plan = _plan(x, channel_dim)
+    if the_plan is None or not _can_run_here():
+        return False
+    if the_plan.kind == "rows" and activation is None and residual is None and not recipes.is_recording():
+        # There torch is at the speed of memory too, but for narrow rows and where pages are new each time.
+        rows_of_torch = the_plan.channels >= NARROW and size * x.element_size() < MAPPED
+        return not rows_of_torch and _work()
+    return _work()
 
 
 def _can_run_here() -> bool:

@@ -12,9 +12,9 @@ from batchnorm.kernels.cpu import machine_code, team
 
 DTYPES = (torch.float32, torch.float64)
 
-# Shorter runs of a channel are taken in groups of channels.
-_SHORT_RUN = 128
-_GROUP_COLUMNS = 1024
+# Runs of a channel up to so many positions are taken in groups of channels; longer ones too, of many samples.
+_SHORT_RUN, _SHORT_RUN_OF_MANY, _MANY = 256, 1024, 32
+_GROUP_COLUMNS = 2048
 # What a tile of channels may fill of each tensor: with the others, half of a second-level cache.
 _TILE_BYTES = 128 * 1024
 # Rows of fewer channels are taken several at a time.
@@ -107,7 +107,7 @@ def plan(
     samples = values // (channels * positions)
     sample_parts, position_parts = _parts(samples, channels, positions, threads)
     parts = sample_parts * position_parts
-    if positions <= _SHORT_RUN and parts == 1:
+    if positions <= (_SHORT_RUN if samples < _MANY else _SHORT_RUN_OF_MANY) and parts == 1:
         tile = max(1, min(_GROUP_COLUMNS // positions, -(-channels // threads)))
         columns = tile * positions
         return Plan(
