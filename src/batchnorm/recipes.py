@@ -140,7 +140,7 @@ def _pack(tensor: Tensor) -> Any:
     recipe = None if _recording.recipes is None else _recipe_of(tensor)
     if recipe is None:
         return _Stored.of(tensor)
-    return _Rebuilt(recipe, tensor.shape, tensor.stride(), tensor.storage_offset())
+    return _Rebuilt(recipe, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
 def _unpack(saved: _Stored | _Rebuilt) -> Tensor:

@@ -21,15 +21,16 @@ def memory_efficient(model: nn.Module, enabled: bool = True) -> nn.Module:
 
     What a convolution saves of a batch norm with `activation=` before it is one multiply-add and an
     activation away from what that has saved already (Rota Bulò et al. 2018, In-Place Activated BatchNorm,
-    section 3; the name is from Pleiss et al. 2017, Memory-Efficient Implementation of DenseNets). Gradients
-    stay the same to the bit, for any activation. Costs that apply pass once more for each use of an output in
-    the backward pass. Of an output whose residual is itself built again nothing is saved, so that no rebuild
-    waits for another: in a residual network every second block.
+    section 3; the name is from Pleiss et al. 2017, Memory-Efficient Implementation of DenseNets). A
+    rebuilt output is the same to the bit, for any activation. Costs that apply pass once more for each use of
+    an output in the backward pass. An output whose residual is itself built again is kept, so that no rebuild
+    waits for another: in a residual network that of every second block.
 
-    For this package's layers in float32 or float64 on the CPU; all others work as before. Where something
-    else takes care of what is saved (activation checkpointing around the model, save_on_cpu, torch.compile) it is
-    left to that. As inside any `torch.autograd.graph.saved_tensors_hooks`, the model's forward cannot use
-    torch.func.grad, and changes made through `.data` go unnoticed.
+    For this package's layers in float32 or float64 on the CPU, whose small inputs go by the compiled kernels
+    too; all others work as before. Where something else takes care of what is saved (activation checkpointing
+    around the model, save_on_cpu, torch.compile) it is left to that. As inside any
+    `torch.autograd.graph.saved_tensors_hooks`, the model's forward cannot use torch.func.grad, and changes made
+    through `.data` go unnoticed.
 
     Args:
         model: changed in place, by a hook before its forward and one after it; submodules are part of it.
@@ -44,7 +45,7 @@ def memory_efficient(model: nn.Module, enabled: bool = True) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"memory_efficient: expected a model (torch.nn.Module), got {type(model).__name__}")
-    hooks = [hook.__self__ for hook in model._forward_pre_hooks.values() if _is_ours(hook)]
+    hooks = [ours for hook in model._forward_pre_hooks.values() if (ours := _ours(hook)) is not None]
     if enabled and not hooks:
         _Hooks(model)
     elif not enabled:
@@ -53,8 +54,9 @@ def memory_efficient(model: nn.Module, enabled: bool = True) -> nn.Module:
     return model
 
 
-def _is_ours(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), _Hooks)
+def _ours(hook: Any) -> _Hooks | None:
+    owner = getattr(hook, "__self__", None)
+    return owner if isinstance(owner, _Hooks) else None
 
 
 class _Hooks:
@@ -74,7 +76,7 @@ class _Hooks:
             handle.remove()
 
     def enter(self, model: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
             return
         call = sys._getframe(1)
         _end_finished(call)
