@@ -141,9 +141,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     ),
     "residual silu": (lambda: nn.Sequential(*[Block("silu") for _ in range(2)], conv()), 4),
     "used twice": (
-        lambda: Of(
-            lambda m, x: m.c2((y := m.b(m.c1(x)))) * m.c3(y), c1=conv(), b=norm(), c2=conv(), c3=conv()
-        ),
+        lambda: Of(lambda m, x: m.c2(y := m.b(m.c1(x))) * m.c3(y), c1=conv(), b=norm(), c2=conv(), c3=conv()),
         2,
     ),
     "flattened": (lambda: nn.Sequential(conv(), norm(), nn.Flatten(), nn.Linear(C * 36, 5)), 1),
@@ -563,7 +561,8 @@ def test_hooks_of_a_loaded_model_are_not_overwritten(tmp_path: Path) -> None:
     torch.save(bn.memory_efficient(nn.Sequential(conv(), norm(), conv())), path)
     code = (
         f"import torch; m = torch.load({str(path)!r}, weights_only=False)\n"
-        "for _ in range(10 ** 4): m.register_forward_hook(lambda *_: None); m.register_forward_pre_hook(lambda *_: None)\n"
+        "for _ in range(10 ** 4):\n"
+        "    m.register_forward_hook(lambda *_: None); m.register_forward_pre_hook(lambda *_: None)\n"
         "m(torch.randn(2, 4, 6, 6)); from batchnorm import recipes; assert not recipes.is_recording()\n"
         "print(len(m._forward_hooks), len(m._forward_pre_hooks))"
     )

@@ -29,8 +29,8 @@ def memory_efficient(model: nn.Module, enabled: bool = True) -> nn.Module:
     For this package's layers in float32 or float64 on the CPU, whose small inputs go by the compiled kernels
     too; all others work as before. Where something else takes care of what is saved (activation checkpointing
     around the model, save_on_cpu, torch.compile) it is left to that. As inside any
-    `torch.autograd.graph.saved_tensors_hooks`, the model's forward cannot use torch.func.grad, and changes made
-    through `.data` go unnoticed.
+    `torch.autograd.graph.saved_tensors_hooks`, the model's forward cannot use torch.func.grad, and changes
+    made through `.data` go unnoticed.
 
     Args:
         model: changed in place, by a hook before its forward and one after it; submodules are part of it.
