@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from batchnorm import recipes
-from batchnorm.context import under_transform
 
 _hooks_enabled = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
 
@@ -67,7 +66,7 @@ class _Hooks:
 
     def __init__(self, model: nn.Module) -> None:
         self._handles = (
-            model.register_forward_pre_hook(self.enter, prepend=True),
+            model.register_forward_pre_hook(self.enter),
             model.register_forward_hook(self.leave, always_call=True),
         )
 
@@ -80,7 +79,7 @@ class _Hooks:
             return
         call = sys._getframe(1)
         _end_finished(call)
-        if recipes.is_recording() or recipes.others_save() or under_transform() or not _hooks_enabled():
+        if recipes.is_recording() or recipes.others_save() or not _hooks_enabled():
             return
         recording = recipes.Recording()
         recording.__enter__()

@@ -316,7 +316,7 @@ class _Normalise(torch.autograd.Function):
         call: _Call,
     ) -> Tensor:
         y = call.forward(x, weight, bias, residual)
-        if recipes.is_recording():
+        if any(ctx.needs_input_grad) and recipes.is_recording():
             _offer(y, x, residual, call)
         ctx.call = call
         # Only a second derivative asks for them, so autograd is spared the watch over them.
