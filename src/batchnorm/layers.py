@@ -144,12 +144,14 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         channel_dim = self._check_input(x, residual, mask)
         if self.training and mask is None and self._moves_as_torch():
             # Not self.weight: each look-up by nn.Module costs a small layer a microsecond.
-            weight, mean = self._parameters.get("weight"), self._buffers["running_mean"]
-            if weight is None:
-                weight = self.weight  # parametrized, or there is none
-            kernel = choose(x, channel_dim, (weight, mean), residual, self._activation, True)
+            parameters, buffers = self._parameters, self._buffers
+            weight, bias = parameters.get("weight"), parameters.get("bias")
+            if weight is None or bias is None:
+                weight, bias = self.weight, self.bias  # parametrized, or there is none
+            per_channel = weight, bias, buffers["running_mean"], buffers["running_var"]
+            kernel = choose(x, channel_dim, per_channel, residual, self._activation, True)
             if kernel is not reference:
-                return self._forward_moving(kernel, x, weight, residual, channel_dim)
+                return self._forward_moving(kernel, x, per_channel, residual, channel_dim)
         return self._forward_any(x, residual, mask, channel_dim)
 
     def _moves_as_torch(self) -> bool:
@@ -162,13 +164,16 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         )
 
     def _forward_moving(
-        self, kernel: ModuleType, x: Tensor, weight: Tensor | None, residual: Tensor | None, channel_dim: int
+        self,
+        kernel: ModuleType,
+        x: Tensor,
+        per_channel: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+        residual: Tensor | None,
+        channel_dim: int,
     ) -> Tensor:
         """By a kernel that moves the running statistics itself."""
-        bias, buffers = self._parameters.get("bias"), self._buffers
-        if bias is None:
-            bias = self.bias
-        mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        weight, bias, mean, var = per_channel
+        counter = self._buffers["num_batches_tracked"]
         if not running.moves(True, self.track_running_stats):
             counter = None
             if mean is not None and var is not None and self.track_running_stats:

@@ -50,22 +50,15 @@ def supports(
     size, dtype = x.numel(), x.dtype
     if size < SMALLEST and not (size and recipes.is_recording()):
         return False
-    if (
-        dtype not in DTYPES
-        or not x.is_cpu
-        or type(x) not in _PLAIN_TYPES
-        or x.layout is not torch.strided
-        or x.is_neg()
-    ):
+    if dtype not in DTYPES or not _is_plain(x, dtype):
         return False
+    channels = x.shape[channel_dim]
     for parameter in parameters:
         if parameter is not None and not (
-            parameter.dtype is dtype and parameter.is_contiguous() and type(parameter) in _PLAIN_TYPES
+            _is_plain(parameter, dtype) and parameter.is_contiguous() and parameter.numel() == channels
         ):
             return False
-    if residual is not None and not (
-        residual.dtype is dtype and type(residual) in _PLAIN_TYPES and residual.layout is torch.strided
-    ):
+    if residual is not None and not _is_plain(residual, dtype):
         return False
     the_plan = _plan(x, channel_dim)
     if the_plan is None or not _can_run_here():
@@ -75,6 +68,17 @@ def supports(
         rows_of_torch = the_plan.channels >= NARROW and size * x.element_size() < MAPPED
         return not rows_of_torch and _work()
     return _work()
+
+
+def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the memory of a tensor holds its numbers: kernels see addresses, not tensors."""
+    return (
+        tensor.dtype is dtype
+        and tensor.is_cpu
+        and type(tensor) in _PLAIN_TYPES
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+    )
 
 
 def _can_run_here() -> bool:
@@ -158,7 +162,12 @@ def training_and_moving(
     """As `training`, and moves the running statistics in place."""
     call = _Call(x, channel_dim, f.OF_BATCH, eps, activation, residual)
     if running_mean is not None and running_var is not None:
-        counter = 0 if num_batches_tracked is None else num_batches_tracked.data_ptr()
+        counter = 0
+        if num_batches_tracked is not None:
+            if _is_plain(num_batches_tracked, torch.int64) and num_batches_tracked.numel() == 1:
+                counter = num_batches_tracked.data_ptr()
+            else:
+                num_batches_tracked.add_(1)
         call.running = running_mean.data_ptr(), running_var.data_ptr(), counter, momentum
     return call.run(x, weight, bias, residual)
 
@@ -238,7 +247,7 @@ class _Call:
         """Gradients of x, weight, bias and residual."""
         the_plan, activation = self.plan, self.activation
         wants_x, wants_weight, wants_bias, wants_residual = wanted
-        if grad_y.stride() != x.stride():
+        if grad_y.stride() != x.stride() or grad_y.is_neg():
             grad_y = _in_layout_of(x, grad_y)
         by_batch = self.statistics == f.OF_BATCH
         grad_x = empty_like(x) if wants_x else None
@@ -277,6 +286,11 @@ class _Call:
                 "operation: the weight or bias of a batch norm"
             )
         residual = extra if self.slope_from == "residual" else None
+        # Views, so that a gradient does not go on from one of them into another that it was computed from.
+        x = x.view_as(x)
+        weight, bias, residual = (
+            tensor if tensor is None else tensor.view_as(tensor) for tensor in (weight, bias, residual)
+        )
         if self.statistics == f.OF_BATCH:
             z, _ = reference.training(x, weight, bias, eps=self.eps, channel_dim=self.channel_dim)
         else:
@@ -346,16 +360,16 @@ def _offer(y: Tensor, x: Tensor, residual: Tensor | None, call: _Call) -> None:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether there are numbers to point at: a batch of gradients under vmap has none."""
+    """Whether there are numbers to point at: gradients under vmap have none, nor have some zeros."""
     try:
-        tensor.data_ptr()
+        return tensor.data_ptr() != 0
     except RuntimeError:
         return False
-    return True
 
 
 def _versions(*tensors: Tensor | None) -> list[int]:
-    return [0 if tensor is None else tensor._version for tensor in tensors]
+    # A tensor made in inference mode has no version, and no gradient either.
+    return [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _work_memory(numbers: int) -> int:

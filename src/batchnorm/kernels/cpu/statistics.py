@@ -75,7 +75,7 @@ def finish_statistics(raw, table, c, count, real):
     if fields[BIAS] != 0:
         shift = np.float64(pointer(fields[BIAS], real)[c])
     # What the values' dtype cannot hold of the mean goes into the shift.
-    rest = means[c] - np.float64(real(means[c]))
+    rest = means[c] - np.float64(real(means[c])) if math.isfinite(means[c]) else 0.0
     at(table, INVSTD * channels)[c] = invstd
     at(table, SCALE * channels)[c] = scale
     at(table, SHIFT * channels)[c] = shift - rest * scale
