@@ -9,6 +9,7 @@ from copy import copy
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -184,7 +185,7 @@ class _Call:
         self,
         x: Tensor,
         channel_dim: int,
-        statistics: int,
+        statistics: np.int64,
         eps: float,
         activation: str | None,
         residual: Tensor | None,
@@ -249,7 +250,7 @@ class _Call:
         wants_x, wants_weight, wants_bias, wants_residual = wanted
         if grad_y.stride() != x.stride() or grad_y.is_neg():
             grad_y = _in_layout_of(x, grad_y)
-        by_batch = self.statistics == f.OF_BATCH
+        by_batch = bool(self.statistics == f.OF_BATCH)
         grad_x = empty_like(x) if wants_x else None
         grad_weight = torch.empty(the_plan.channels, dtype=x.dtype) if wants_weight else None
         grad_bias = torch.empty(the_plan.channels, dtype=x.dtype) if wants_bias else None

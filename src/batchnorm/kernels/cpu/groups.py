@@ -13,262 +13,257 @@ from typing import Any
 
 import numpy as np
 
+from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu.activations import Real
-from batchnorm.kernels.cpu.fields import (
-    APPLY,
-    CHANNELS,
-    EXTRA,
-    GRAD_X,
-    GRAD_Y,
-    GRAD_Z,
-    GRADIENT,
-    M2,
-    MEAN,
-    OF_BATCH,
-    OF_TABLE,
-    POSITIONS,
-    REDUCE,
-    REDUCE_ONE,
-    SAMPLES,
-    SCALE,
-    SCRATCH,
-    SHIFT,
-    STATISTICS,
-    STORED,
-    TABLE,
-    TILE,
-    WORK,
-    X,
-    Y,
-)  # fmt: skip
 from batchnorm.kernels.cpu.memory import at, call, fields_of, pointer
 from batchnorm.kernels.cpu.rows import BLOCK, add_centred_rows, add_rows
 from batchnorm.kernels.cpu.runs import loop
-from batchnorm.kernels.cpu.slabs import block_moments as slab_moments
-from batchnorm.kernels.cpu.slabs import total
+from batchnorm.kernels.cpu.slabs import exact_moments, total
 from batchnorm.kernels.cpu.statistics import (
+    applied_statistics,
     finish_gradient,
     finish_statistics,
+    grad_of_z,
     merge,
     num_threads,
+    tensor,
     thread_num,
 )
-
-# Rows of numbers per column that a thread needs for its group.
-THREAD_ROWS = 6
 
 
 @loop
 def own_row(raw, thread, k, real):
+    """Row k of this thread's numbers per column."""
     fields = fields_of(raw, np.int64)
-    width = fields[TILE] * fields[POSITIONS]
-    return at(pointer(fields[SCRATCH], real), (THREAD_ROWS * thread + k) * width)
+    width = fields[f.TILE] * fields[f.POSITIONS]
+    return at(tensor(raw, f.SCRATCH, real), (f.COLUMN_ROWS * thread + k) * width)
+
+
+@loop
+def first_rows(raw, thread, real):
+    """The rows of this thread that hold means, scales and shifts, and before those the sums for them."""
+    return (
+        own_row(raw, thread, f.MEANS, real),
+        own_row(raw, thread, f.SCALES, real),
+        own_row(raw, thread, f.SHIFTS, real),
+    )
 
 
 @loop
 def fill(values, n, value):
+    """Write a value n times."""
     for i in range(n):
         values[i] = value
 
 
 @loop
 def samples_per_block(width):
+    """Rows of so many columns that make a block."""
     return max(4, BLOCK // width)
-
-
-def forward(real: Real) -> Callable[[Any], None]:
-    """The forward kernel: statistics, then `APPLY` on a group of channels of all samples."""
-
-    @loop
-    def take_block(raw, table, thread, c0, c1, n0, n1):
-        fields = fields_of(raw, np.int64)
-        channels, positions = fields[CHANNELS], fields[POSITIONS]
-        x = at(pointer(fields[X], real), (n0 * channels + c0) * positions)
-        width, stride, more = (c1 - c0) * positions, channels * positions, (n1 - n0) * positions
-        centres, firsts, seconds = (
-            own_row(raw, thread, 0, real),
-            own_row(raw, thread, 1, real),
-            own_row(raw, thread, 2, real),
-        )
-        fill(centres, width, real(0))
-        fill(firsts, width, real(0))
-        fill(seconds, width, real(0))
-        add_rows(x, n1 - n0, width, stride, centres)
-        for c in range(c1 - c0):
-            column = at(centres, c * positions)
-            fill(column, positions, real(total(column, positions, 0.0) / more))
-        add_centred_rows(x, n1 - n0, width, stride, centres, firsts, seconds)
-        for c in range(c0, c1):
-            i = (c - c0) * positions
-            first, second = total(at(firsts, i), positions, 0.0), total(at(seconds, i), positions, 0.0)
-            if math.isfinite(second):
-                mean = np.float64(centres[i]) + first / more
-                m2 = second - first * first / more
-                merge(at(table, MEAN * channels), at(table, M2 * channels), c, n0 * positions, more, mean, m2)
-            else:
-                slab_moments(
-                    pointer(fields[X], real), channels, positions, c, c + 1, n0, n1, 0, positions,
-                    n0 * positions, table, real,
-                )  # fmt: skip
-
-    @loop
-    def apply(raw, table, thread, c0, c1):
-        fields = fields_of(raw, np.int64)
-        channels, positions = fields[CHANNELS], fields[POSITIONS]
-        start, width = c0 * positions, (c1 - c0) * positions
-        means, scales, shifts = (
-            own_row(raw, thread, 0, real),
-            own_row(raw, thread, 1, real),
-            own_row(raw, thread, 2, real),
-        )
-        spread_table(raw, table, thread, c0, c1, real)
-        call(
-            fields[APPLY],
-            (
-                at(pointer(fields[X], real), start), at(pointer(fields[EXTRA], real), start),
-                at(pointer(fields[Y], real), start), fields[SAMPLES], width, channels * positions,
-                means, scales, shifts,
-            ),
-        )  # fmt: skip
-
-    def kernel(raw):
-        fields = fields_of(raw, np.int64)
-        thread, team = np.int64(thread_num()), np.int64(num_threads())
-        table, channels, samples = pointer(fields[TABLE], np.float64), fields[CHANNELS], fields[SAMPLES]
-        c, end = channels * thread // team, channels * (thread + 1) // team
-        while c < end:
-            last = min(c + fields[TILE], end)
-            if fields[STATISTICS] == OF_BATCH:
-                n = 0
-                while n < samples:
-                    next_n = min(samples, n + samples_per_block((last - c) * fields[POSITIONS]))
-                    take_block(raw, table, thread, c, last, n, next_n)
-                    n = next_n
-            if fields[STATISTICS] != OF_TABLE:
-                for k in range(c, last):
-                    finish_statistics(raw, table, k, samples * fields[POSITIONS], real)
-            apply(raw, table, thread, c, last)
-            c = last
-
-    return kernel
 
 
 @loop
 def spread_table(raw, table, thread, c0, c1, real):
-    """Write mean, scale and shift of the channels into the columns of the first three rows."""
+    """Write mean, scale and shift of the channels into their columns."""
     fields = fields_of(raw, np.int64)
-    channels, positions = fields[CHANNELS], fields[POSITIONS]
-    means, scales, shifts = (
-        own_row(raw, thread, 0, real),
-        own_row(raw, thread, 1, real),
-        own_row(raw, thread, 2, real),
-    )
+    positions, of_channels = fields[f.POSITIONS], applied_statistics(raw, table)
+    means, scales, shifts = first_rows(raw, thread, real)
     for c in range(c0, c1):
         i = (c - c0) * positions
-        fill(at(means, i), positions, real(at(table, MEAN * channels)[c]))
-        fill(at(scales, i), positions, real(at(table, SCALE * channels)[c]))
-        fill(at(shifts, i), positions, real(at(table, SHIFT * channels)[c]))
+        fill(at(means, i), positions, real(of_channels[0][c]))
+        fill(at(scales, i), positions, real(of_channels[1][c]))
+        fill(at(shifts, i), positions, real(of_channels[2][c]))
+
+
+@loop
+def take_block(raw, table, thread, c0, c1, n0, n1, real):
+    """Take samples n0:n1 into the moments of the channels c0:c1, which have taken in those before."""
+    fields = fields_of(raw, np.int64)
+    channels, positions = fields[f.CHANNELS], fields[f.POSITIONS]
+    x = at(tensor(raw, f.X, real), (n0 * channels + c0) * positions)
+    width, stride, more = (c1 - c0) * positions, channels * positions, (n1 - n0) * positions
+    centres, firsts, seconds = first_rows(raw, thread, real)
+    fill(centres, width, real(0))
+    fill(firsts, width, real(0))
+    fill(seconds, width, real(0))
+    add_rows(x, n1 - n0, width, stride, centres)
+    for c in range(c1 - c0):
+        column = at(centres, c * positions)
+        fill(column, positions, real(total(column, positions, 0.0) / more))
+    add_centred_rows(x, n1 - n0, width, stride, centres, firsts, seconds)
+    for c in range(c0, c1):
+        i = (c - c0) * positions
+        first, second = total(at(firsts, i), positions, 0.0), total(at(seconds, i), positions, 0.0)
+        mean = np.float64(centres[i]) + first / more
+        m2 = second - first * first / more
+        if not math.isfinite(m2):
+            whole = tensor(raw, f.X, real)
+            mean, m2 = exact_moments(whole, channels, positions, c, n0, n1, np.int64(0), positions)
+        merge(at(table, f.MEAN * channels), at(table, f.M2 * channels), c, n0 * positions, more, mean, m2)
+
+
+@loop
+def apply(raw, table, thread, c0, c1, real):
+    """Write y for the channels c0:c1."""
+    fields = fields_of(raw, np.int64)
+    channels, positions = fields[f.CHANNELS], fields[f.POSITIONS]
+    start, width = c0 * positions, (c1 - c0) * positions
+    means, scales, shifts = first_rows(raw, thread, real)
+    spread_table(raw, table, thread, c0, c1, real)
+    call(
+        fields[f.APPLY],
+        (
+            at(tensor(raw, f.X, real), start), at(tensor(raw, f.EXTRA, real), start),
+            at(tensor(raw, f.Y, real), start), fields[f.SAMPLES], width, channels * positions,
+            means, scales, shifts,
+        ),
+    )  # fmt: skip
+
+
+@loop
+def reduce_block(raw, thread, c0, c1, n0, n1, real):
+    """Add the sums of samples n0:n1 to the rows of BY_GRAD and BY_X, which are free until then."""
+    fields = fields_of(raw, np.int64)
+    channels, positions = fields[f.CHANNELS], fields[f.POSITIONS]
+    start, width = (n0 * channels + c0) * positions, (c1 - c0) * positions
+    means, scales, shifts = first_rows(raw, thread, real)
+    call(
+        fields[f.REDUCE],
+        (
+            at(tensor(raw, f.GRAD_Y, real), start), at(tensor(raw, f.X, real), start),
+            at(tensor(raw, f.EXTRA, real), start), at(tensor(raw, f.GRAD_Z, real), start),
+            n1 - n0, width, channels * positions, means, scales, shifts,
+            own_row(raw, thread, f.BY_GRAD, real), own_row(raw, thread, f.BY_X, real),
+        ),
+    )  # fmt: skip
+
+
+@loop
+def exact_sums(raw, table, sums, c, real):
+    """The sums of a channel by a call per run, which is in float64 where float32 overflows."""
+    fields = fields_of(raw, np.int64)
+    channels, positions = fields[f.CHANNELS], fields[f.POSITIONS]
+    means, scales, shifts = applied_statistics(raw, table)
+    sums[0] = 0.0
+    sums[1] = 0.0
+    for n in range(fields[f.SAMPLES]):
+        run = (n * channels + c) * positions
+        call(
+            fields[f.REDUCE_ONE],
+            (
+                at(tensor(raw, f.GRAD_Y, real), run), at(tensor(raw, f.X, real), run),
+                at(tensor(raw, f.EXTRA, real), run), at(tensor(raw, f.GRAD_Z, real), run), positions,
+                real(means[c]), real(scales[c]), real(shifts[c]), sums,
+            ),
+        )  # fmt: skip
+
+
+@loop
+def reduce(raw, table, thread, c0, c1, real):
+    """Write `sum(grad_z)` and `sum(grad_z * (x - mean))` of the channels c0:c1 side by side."""
+    fields = fields_of(raw, np.int64)
+    samples, positions = fields[f.SAMPLES], fields[f.POSITIONS]
+    sums, width = pointer(fields[f.WORK], np.float64), (c1 - c0) * positions
+    firsts, seconds = own_row(raw, thread, f.BY_GRAD, real), own_row(raw, thread, f.BY_X, real)
+    for k in range(2 * c0, 2 * c1):
+        sums[k] = 0.0
+    if fields[f.REDUCE] == 0:
+        return
+    n = 0
+    while n < samples:
+        next_n = min(samples, n + samples_per_block(width))
+        fill(firsts, width, real(0))
+        fill(seconds, width, real(0))
+        reduce_block(raw, thread, c0, c1, n, next_n, real)
+        for c in range(c0, c1):
+            i = (c - c0) * positions
+            sums[2 * c] += total(at(firsts, i), positions, 0.0)
+            sums[2 * c + 1] += total(at(seconds, i), positions, 0.0)
+        n = next_n
+    for c in range(c0, c1):
+        if not math.isfinite(sums[2 * c] + sums[2 * c + 1]):
+            exact_sums(raw, table, at(sums, 2 * c), c, real)
+
+
+@loop
+def gradient(raw, table, thread, c0, c1, real):
+    """Write the gradient of x for the channels c0:c1."""
+    fields = fields_of(raw, np.int64)
+    channels, positions = fields[f.CHANNELS], fields[f.POSITIONS]
+    start, width = c0 * positions, (c1 - c0) * positions
+    means, scales, shifts = first_rows(raw, thread, real)
+    call(
+        fields[f.GRADIENT],
+        (
+            at(grad_of_z(raw, real), start), at(tensor(raw, f.X, real), start),
+            at(tensor(raw, f.EXTRA, real), start), at(tensor(raw, f.GRAD_X, real), start),
+            fields[f.SAMPLES], width, channels * positions, means, scales, shifts,
+            own_row(raw, thread, f.BY_GRAD, real), own_row(raw, thread, f.BY_X, real),
+            own_row(raw, thread, f.CONSTANTS, real),
+        ),
+    )  # fmt: skip
+
+
+@loop
+def spread_coefficients(raw, table, thread, c0, c1, real):
+    """Write the coefficients of the channels' gradients into their columns."""
+    fields = fields_of(raw, np.int64)
+    sums, positions = pointer(fields[f.WORK], np.float64), fields[f.POSITIONS]
+    count = fields[f.SAMPLES] * positions
+    for c in range(c0, c1):
+        found = finish_gradient(raw, table, c, count, sums[2 * c], sums[2 * c + 1], real)
+        i = (c - c0) * positions
+        fill(at(own_row(raw, thread, f.BY_GRAD, real), i), positions, real(found[0]))
+        fill(at(own_row(raw, thread, f.BY_X, real), i), positions, real(found[1]))
+        fill(at(own_row(raw, thread, f.CONSTANTS, real), i), positions, real(found[2]))
+
+
+@loop
+def forward_of_group(raw, table, thread, c0, c1, real):
+    """All of the forward for the channels c0:c1."""
+    fields = fields_of(raw, np.int64)
+    samples, positions = fields[f.SAMPLES], fields[f.POSITIONS]
+    if fields[f.STATISTICS] == f.OF_BATCH:
+        n = 0
+        while n < samples:
+            next_n = min(samples, n + samples_per_block((c1 - c0) * positions))
+            take_block(raw, table, thread, c0, c1, n, next_n, real)
+            n = next_n
+    if fields[f.STATISTICS] != f.OF_TABLE:
+        for c in range(c0, c1):
+            finish_statistics(raw, table, c, samples * positions, real)
+    apply(raw, table, thread, c0, c1, real)
+
+
+@loop
+def backward_of_group(raw, table, thread, c0, c1, real):
+    """All of the backward for the channels c0:c1."""
+    spread_table(raw, table, thread, c0, c1, real)
+    reduce(raw, table, thread, c0, c1, real)
+    spread_coefficients(raw, table, thread, c0, c1, real)
+    if fields_of(raw, np.int64)[f.GRAD_X] != 0:
+        gradient(raw, table, thread, c0, c1, real)
+
+
+def forward(real: Real) -> Callable[[Any], None]:
+    """The forward kernel: statistics, then `APPLY` on a group of channels of all samples."""
+    return _kernel(forward_of_group, real)
 
 
 def backward(real: Real) -> Callable[[Any], None]:
     """The backward kernel: `REDUCE` on a group, then `GRADIENT` where the gradient of x is wanted."""
+    return _kernel(backward_of_group, real)
 
-    @loop
-    def reduce_block(raw, thread, c0, c1, n0, n1):
-        fields = fields_of(raw, np.int64)
-        channels, positions = fields[CHANNELS], fields[POSITIONS]
-        start, width = (n0 * channels + c0) * positions, (c1 - c0) * positions
-        call(
-            fields[REDUCE],
-            (
-                at(pointer(fields[GRAD_Y], real), start), at(pointer(fields[X], real), start),
-                at(pointer(fields[EXTRA], real), start), at(pointer(fields[GRAD_Z], real), start),
-                n1 - n0, width, channels * positions,
-                own_row(raw, thread, 0, real), own_row(raw, thread, 1, real), own_row(raw, thread, 2, real),
-                own_row(raw, thread, 3, real), own_row(raw, thread, 4, real),
-            ),
-        )  # fmt: skip
 
-    @loop
-    def exact_sums(raw, table, sums, c):
-        """The sums of a channel by a call per run, which is in float64 where float32 overflows."""
-        fields = fields_of(raw, np.int64)
-        channels, positions = fields[CHANNELS], fields[POSITIONS]
-        sums[0] = 0.0
-        sums[1] = 0.0
-        for n in range(fields[SAMPLES]):
-            run = (n * channels + c) * positions
-            call(
-                fields[REDUCE_ONE],
-                (
-                    at(pointer(fields[GRAD_Y], real), run), at(pointer(fields[X], real), run),
-                    at(pointer(fields[EXTRA], real), run), at(pointer(fields[GRAD_Z], real), run), positions,
-                    real(at(table, MEAN * channels)[c]), real(at(table, SCALE * channels)[c]),
-                    real(at(table, SHIFT * channels)[c]), sums,
-                ),
-            )  # fmt: skip
-
-    @loop
-    def reduce(raw, table, thread, c0, c1):
-        fields = fields_of(raw, np.int64)
-        samples, positions = fields[SAMPLES], fields[POSITIONS]
-        sums, width = pointer(fields[WORK], np.float64), (c1 - c0) * positions
-        firsts, seconds = own_row(raw, thread, 3, real), own_row(raw, thread, 4, real)
-        for k in range(2 * c0, 2 * c1):
-            sums[k] = 0.0
-        if fields[REDUCE] == 0:
-            return
-        n = 0
-        while n < samples:
-            next_n = min(samples, n + samples_per_block(width))
-            fill(firsts, width, real(0))
-            fill(seconds, width, real(0))
-            reduce_block(raw, thread, c0, c1, n, next_n)
-            for c in range(c0, c1):
-                i = (c - c0) * positions
-                sums[2 * c] += total(at(firsts, i), positions, 0.0)
-                sums[2 * c + 1] += total(at(seconds, i), positions, 0.0)
-            n = next_n
-        for c in range(c0, c1):
-            if not math.isfinite(sums[2 * c + 1]):
-                exact_sums(raw, table, at(sums, 2 * c), c)
-
-    @loop
-    def gradient(raw, table, thread, c0, c1):
-        fields = fields_of(raw, np.int64)
-        channels, positions = fields[CHANNELS], fields[POSITIONS]
-        start, width = c0 * positions, (c1 - c0) * positions
-        grad = pointer(fields[GRAD_Z] if fields[STORED] else fields[GRAD_Y], real)
-        call(
-            fields[GRADIENT],
-            (
-                at(grad, start), at(pointer(fields[X], real), start), at(pointer(fields[EXTRA], real), start),
-                at(pointer(fields[GRAD_X], real), start), fields[SAMPLES], width, channels * positions,
-                own_row(raw, thread, 0, real), own_row(raw, thread, 1, real), own_row(raw, thread, 2, real),
-                own_row(raw, thread, 3, real), own_row(raw, thread, 4, real), own_row(raw, thread, 5, real),
-            ),
-        )  # fmt: skip
-
+def _kernel(of_group: Any, real: Real) -> Callable[[Any], None]:
     def kernel(raw):
         fields = fields_of(raw, np.int64)
         thread, team = np.int64(thread_num()), np.int64(num_threads())
-        table, channels, positions = pointer(fields[TABLE], np.float64), fields[CHANNELS], fields[POSITIONS]
-        sums, count = pointer(fields[WORK], np.float64), fields[SAMPLES] * fields[POSITIONS]
+        table, channels = pointer(fields[f.TABLE], np.float64), fields[f.CHANNELS]
         c, end = channels * thread // team, channels * (thread + 1) // team
         while c < end:
-            last = min(c + fields[TILE], end)
-            spread_table(raw, table, thread, c, last, real)
-            reduce(raw, table, thread, c, last)
-            for k in range(c, last):
-                by_grad, by_x, constant = finish_gradient(
-                    raw, table, k, count, sums[2 * k], sums[2 * k + 1], real
-                )
-                i = (k - c) * positions
-                fill(at(own_row(raw, thread, 3, real), i), positions, real(by_grad))
-                fill(at(own_row(raw, thread, 4, real), i), positions, real(by_x))
-                fill(at(own_row(raw, thread, 5, real), i), positions, real(constant))
-            if fields[GRAD_X] != 0:
-                gradient(raw, table, thread, c, last)
+            last = min(c + fields[f.TILE], end)
+            of_group(raw, table, thread, c, last, real)
             c = last
 
     return kernel

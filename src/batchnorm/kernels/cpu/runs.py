@@ -62,7 +62,7 @@ def reduce_run(real: Real, name: str | None, slope_from: str, store: bool) -> tu
 
     def reduce(grad_y, x, extra, grad_z, size, mean, scale, shift, sums):
         first, second = sums_of(grad_y, x, extra, grad_z, size, mean, scale, shift, real(0))
-        if not math.isfinite(second):
+        if not math.isfinite(first + second):
             first, second = sums_of(grad_y, x, extra, grad_z, size, mean, scale, shift, 0.0)
         sums[0] += first
         sums[1] += second

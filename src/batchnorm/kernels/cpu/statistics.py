@@ -7,32 +7,33 @@ import math
 import numpy as np
 from numba import types
 
-from batchnorm.kernels.cpu.fields import (
-    BIAS,
-    BY_BATCH,
-    CHANNELS,
-    EPS,
-    GRAD_BIAS,
-    GRAD_WEIGHT,
-    INVSTD,
-    M2,
-    MEAN,
-    MOMENTUM,
-    NUM_BATCHES,
-    RUNNING,
-    RUNNING_MEAN,
-    RUNNING_VAR,
-    SCALE,
-    SHIFT,
-    STATISTICS,
-    WEIGHT,
-)  # fmt: skip
+from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu.memory import at, fields_of, pointer
 from batchnorm.kernels.cpu.runs import loop
 
 thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
 num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
 barrier = types.ExternalFunction("GOMP_barrier", types.void())
+
+
+@loop
+def tensor(raw, field, real):
+    """The tensor whose address is in a field."""
+    return pointer(fields_of(raw, np.int64)[field], real)
+
+
+@loop
+def applied_statistics(raw, table):
+    """Mean, scale and shift of all channels."""
+    channels = fields_of(raw, np.int64)[f.CHANNELS]
+    return at(table, f.MEAN * channels), at(table, f.SCALE * channels), at(table, f.SHIFT * channels)
+
+
+@loop
+def grad_of_z(raw, real):
+    """What the gradient of x is computed from: grad_z where the sums have left it, else grad_y."""
+    fields = fields_of(raw, np.int64)
+    return pointer(fields[f.GRAD_Z] if fields[f.STORED] else fields[f.GRAD_Y], real)
 
 
 @loop
@@ -53,32 +54,32 @@ def merge(means, m2s, c, count, more, mean, m2):
 def finish_statistics(raw, table, c, count, real):
     """Scale, shift and invstd of channel c by its mean and m2, or by the running statistics; moves those."""
     fields, numbers = fields_of(raw, np.int64), fields_of(raw, np.float64)
-    channels = fields[CHANNELS]
-    means, m2s = at(table, MEAN * channels), at(table, M2 * channels)
-    running_mean, running_var = pointer(fields[RUNNING_MEAN], real), pointer(fields[RUNNING_VAR], real)
-    if fields[STATISTICS] == RUNNING:
+    channels = fields[f.CHANNELS]
+    means, m2s = at(table, f.MEAN * channels), at(table, f.M2 * channels)
+    running_mean, running_var = pointer(fields[f.RUNNING_MEAN], real), pointer(fields[f.RUNNING_VAR], real)
+    if fields[f.STATISTICS] == f.RUNNING:
         means[c] = running_mean[c]
         var = np.float64(running_var[c])
     else:
         var = m2s[c] / count
-        if fields[RUNNING_MEAN] != 0:
-            momentum = numbers[MOMENTUM]
+        if fields[f.RUNNING_MEAN] != 0:
+            momentum = numbers[f.MOMENTUM]
             running_mean[c] = (1 - momentum) * running_mean[c] + momentum * means[c]
             running_var[c] = (1 - momentum) * running_var[c] + momentum * (m2s[c] / (count - 1))
-        if c == 0 and fields[NUM_BATCHES] != 0:
-            pointer(fields[NUM_BATCHES], np.int64)[0] += 1
-    invstd = 1 / math.sqrt(var + numbers[EPS])
+        if c == 0 and fields[f.NUM_BATCHES] != 0:
+            pointer(fields[f.NUM_BATCHES], np.int64)[0] += 1
+    invstd = 1 / math.sqrt(var + numbers[f.EPS])
     scale = invstd
-    if fields[WEIGHT] != 0:
-        scale *= pointer(fields[WEIGHT], real)[c]
+    if fields[f.WEIGHT] != 0:
+        scale *= pointer(fields[f.WEIGHT], real)[c]
     shift = 0.0
-    if fields[BIAS] != 0:
-        shift = np.float64(pointer(fields[BIAS], real)[c])
+    if fields[f.BIAS] != 0:
+        shift = np.float64(pointer(fields[f.BIAS], real)[c])
     # What the values' dtype cannot hold of the mean goes into the shift.
     rest = means[c] - np.float64(real(means[c])) if math.isfinite(means[c]) else 0.0
-    at(table, INVSTD * channels)[c] = invstd
-    at(table, SCALE * channels)[c] = scale
-    at(table, SHIFT * channels)[c] = shift - rest * scale
+    at(table, f.INVSTD * channels)[c] = invstd
+    at(table, f.SCALE * channels)[c] = scale
+    at(table, f.SHIFT * channels)[c] = shift - rest * scale
 
 
 @loop
@@ -88,16 +89,16 @@ def finish_gradient(raw, table, c, count, first, second, real):
     `grad_x = scale * (grad_z - mean(grad_z) - xhat * mean(grad_z * xhat))` with `xhat = (x - mean) * invstd`.
     """
     fields = fields_of(raw, np.int64)
-    channels = fields[CHANNELS]
-    mean, invstd = at(table, MEAN * channels)[c], at(table, INVSTD * channels)[c]
+    channels = fields[f.CHANNELS]
+    mean, invstd = at(table, f.MEAN * channels)[c], at(table, f.INVSTD * channels)[c]
     rest = mean - np.float64(real(mean))
     dot = second - rest * first
-    if fields[GRAD_WEIGHT] != 0:
-        pointer(fields[GRAD_WEIGHT], real)[c] = dot * invstd
-    if fields[GRAD_BIAS] != 0:
-        pointer(fields[GRAD_BIAS], real)[c] = first
-    scale = at(table, SCALE * channels)[c]
-    if fields[BY_BATCH] == 0:
+    if fields[f.GRAD_WEIGHT] != 0:
+        pointer(fields[f.GRAD_WEIGHT], real)[c] = dot * invstd
+    if fields[f.GRAD_BIAS] != 0:
+        pointer(fields[f.GRAD_BIAS], real)[c] = first
+    scale = at(table, f.SCALE * channels)[c]
+    if fields[f.BY_BATCH] == 0:
         return scale, 0.0, 0.0
     by_x = -scale * invstd * invstd * (dot / count)
     return scale, by_x, -scale * (first / count) - rest * by_x
