@@ -1,10 +1,12 @@
 """The CPU kernels against the definition in float64, at their edges, with threads, and when not used."""
 
+import hashlib
 import os
 import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.autograd.gradcheck import GradcheckError
 
 import batchnorm as bn
 from batchnorm.kernels import choose, cpu, native, reference
@@ -277,11 +278,15 @@ def test_a_large_constant_has_no_variance(shape, last):
 
 
 @pytest.mark.parametrize(("shape", "last"), HARD)
-@pytest.mark.parametrize("kind", ["nan", "inf", "both infs"])
+@pytest.mark.parametrize("kind", ["nan", "inf", "both infs", "one nan", "one inf"])
 def test_nan_and_inf_go_where_torch_lets_them(shape, last, kind):
     x, weight, bias, _, grad = inputs(shape, last=last)
-    x[1, 1] = torch.nan if kind == "nan" else torch.inf
-    x[0, 1] = -torch.inf if kind == "both infs" else 0.0
+    value = torch.nan if "nan" in kind else torch.inf
+    if kind.startswith("one"):
+        x[1, 1].view(-1)[-1] = value
+    else:
+        x[1, 1] = value
+        x[0, 1] = -torch.inf if kind == "both infs" else 0.0
     leaves = [[t.clone().requires_grad_() for t in (x, weight, bias)] for _ in range(2)]
     found = []
     for kernel, (x, weight, bias) in zip((cpu, native), leaves, strict=True):
@@ -341,8 +346,7 @@ def test_buffers_may_be_overwritten_before_the_backward_pass():
         layer.running_mean.add_(1)
         layer.running_var.mul_(2)
         y.backward(grad)
-        if train:
-            torch.testing.assert_close(layer.weight.grad, wanted, rtol=0, atol=0)
+        torch.testing.assert_close(layer.weight.grad, wanted, rtol=0, atol=0)
 
 
 # Autograd.
@@ -509,7 +513,34 @@ def test_a_damaged_file_is_compiled_again(tmp_path, monkeypatch, damage):
     content = file.read_bytes()
     file.write_bytes(damage(content))
     assert small_function("small")
-    assert file.read_bytes()[32:] != damage(content)[32:] or file.read_bytes() == content
+    again = file.read_bytes()
+    assert again[:32] == hashlib.sha256(again[32:]).digest()
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners of files here")
+def test_a_file_that_others_can_write_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("BATCHNORM_CACHE", str(tmp_path))
+    assert small_function("small")
+    (file,) = tmp_path.iterdir()
+    file.chmod(0o666)
+    assert small_function("small")
+    assert file.stat().st_mode & 0o777 == 0o600  # compiled and written again
+
+
+def test_no_home_to_keep_machine_code_in(monkeypatch):
+    def no_home(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("BATCHNORM_CACHE", raising=False)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    assert machine_code.cache_folder() is None
+    assert small_function("small")
+
+
+def test_a_cache_that_is_read_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("BATCHNORM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir(mode=0o555)
+    assert small_function("small")
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
@@ -579,9 +610,3 @@ def test_under_transforms_and_compilers():
     compiled = torch.compile(bn.BatchNorm2d(6, activation="relu"), backend="eager")
     torch.testing.assert_close(compiled(x), wanted)
     torch._dynamo.reset()
-
-
-def test_gradcheck_can_fail():
-    with pytest.raises(GradcheckError):
-        gradcheck(lambda x: cpu.training(x.detach() + 0 * x, None, None, eps=EPS, channel_dim=1)[0] * x,
-                  (torch.randn(5, 3, dtype=torch.float64, requires_grad=True),))  # fmt: skip

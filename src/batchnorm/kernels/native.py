@@ -84,10 +84,7 @@ def training_and_moving(
         # The operator saves them for a backward that does not read them. Under version counters of their
         # own, DDP may overwrite the buffers before that backward (pytorch#65907).
         running_mean, running_var = running_mean.data, running_var.data
-    if channel_dim == 1:
-        y = torch.batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps, cudnn.enabled)
-    else:
-        y = _call(x, weight, bias, running_mean, running_var, True, momentum, eps, channel_dim)
+    y = _call(x, weight, bias, running_mean, running_var, True, momentum, eps, channel_dim)
     return y if activation is None and residual is None else finish(y, activation, residual)
 
 
@@ -103,25 +100,12 @@ def _call(
     channel_dim: int,
 ) -> Tensor:
     """`torch.batch_norm` for channels along any dimension; moves the running statistics when training."""
+    rest = (weight, bias, running_mean, running_var, training, momentum, eps, cudnn.enabled)
     if channel_dim == 1:
-        flat = x
-    elif x.is_contiguous():
-        # (before, C, after), or (before, C) when the channels are last: a view, and a layout it is fast on.
-        after = () if channel_dim == x.ndim - 1 else (-1,)
-        flat = x.reshape(math.prod(x.shape[:channel_dim]), x.shape[channel_dim], *after)
-    else:
-        flat = x.movedim(channel_dim, 1)
-    y = torch.batch_norm(
-        flat,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        training,
-        momentum,
-        eps,
-        cudnn.enabled,
-    )
-    if channel_dim == 1:
-        return y
-    return y.reshape(x.shape) if x.is_contiguous() else y.movedim(1, channel_dim)
+        return torch.batch_norm(x, *rest)
+    if not x.is_contiguous():
+        return torch.batch_norm(x.movedim(channel_dim, 1), *rest).movedim(1, channel_dim)
+    # (before, C, after), or (before, C) when the channels are last: a view, and a layout it is fast on.
+    after = () if channel_dim == x.ndim - 1 else (-1,)
+    flat = x.reshape(math.prod(x.shape[:channel_dim]), x.shape[channel_dim], *after)
+    return torch.batch_norm(flat, *rest).reshape(x.shape)

@@ -18,7 +18,7 @@ from batchnorm import recipes
 from batchnorm.kernels import reference
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu import team
-from batchnorm.kernels.cpu.pages import empty_like
+from batchnorm.kernels.cpu.pages import MAPPED, empty_like
 from batchnorm.kernels.cpu.plan import DTYPES, Plan, function, plan
 from batchnorm.moments import Moments
 
@@ -34,8 +34,8 @@ _PLAIN_TYPES = (Tensor, nn.Parameter)
 
 # For fewer values torch's operator is done before an autograd function in Python has begun.
 SMALLEST = 32768
-# Channels of a row, and bytes of a tensor, from which on torch's channels_last operator falls behind again.
-NARROW, MAPPED = 32, 32 * 1024 * 1024
+# Channels of a row from which on torch's channels_last operator keeps up, where memory is not new each time.
+NARROW = 32
 
 _pack = struct.Struct(f.FORMAT).pack
 
@@ -49,7 +49,7 @@ def supports(
 ) -> bool:
     """Whether the kernels take these tensors where this code is running, and are faster than torch's."""
     size, dtype = x.numel(), x.dtype
-    if size < SMALLEST and not (size and recipes.is_recording()):
+    if size < SMALLEST and not (size and torch.is_grad_enabled() and recipes.is_recording()):
         return False
     if dtype not in DTYPES or not _is_plain(x, dtype):
         return False

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -35,11 +36,13 @@ def load(name: str, build: Callable[[], tuple[Any, Callable[..., None]]], symbol
         symbols: addresses of the outside functions that it calls, by name.
     """
     with _lock:
-        path = cache_folder() / f"{name}-{_fingerprint()}.o"
-        code = _read(path)
+        folder = cache_folder()
+        path = None if folder is None else folder / f"{name}-{_fingerprint()}.o"
+        code = None if path is None else _read(path)
         if code is None:
             code = _compile(*build())
-            _write(path, code)
+            if path is not None:
+                _write(path, code)
         for symbol, address in symbols.items():
             llvm.add_symbol(symbol, address)
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
@@ -49,8 +52,8 @@ def load(name: str, build: Callable[[], tuple[Any, Callable[..., None]]], symbol
         return int(engine.get_function_address(_ENTRY))
 
 
-def cache_folder() -> Path:
-    """Where machine code is kept: $BATCHNORM_CACHE, or a folder in the user's own cache."""
+def cache_folder() -> Path | None:
+    """Where machine code is kept: $BATCHNORM_CACHE, or a folder in the user's cache, if there is a home."""
     chosen = os.environ.get("BATCHNORM_CACHE")
     if chosen:
         return Path(chosen)
@@ -60,7 +63,10 @@ def cache_folder() -> Path:
         base = "~/Library/Caches"
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "batchnorm" / "kernels"
+    try:
+        return Path(base).expanduser() / "batchnorm" / "kernels"
+    except RuntimeError:  # a user without a home
+        return None
 
 
 @cache
@@ -78,9 +84,10 @@ def _compile(signature: Any, function: Callable[..., None]) -> bytes:
     """Object code of the function, under the name `batchnorm_entry`."""
     from numba import cfunc  # only here: importing it takes a third of a second
 
-    compiled = cfunc(signature, error_model="numpy")(getattr(function, "py_func", function))
-    inner = compiled.native_name.removeprefix("cfunc.")
-    module = llvm.parse_assembly(compiled.inspect_llvm() + _entry(signature, inner))
+    with _numba_not_optimising():
+        compiled = cfunc(signature, error_model="numpy")(getattr(function, "py_func", function))
+        inner = compiled.native_name.removeprefix("cfunc.")
+        module = llvm.parse_assembly(compiled.inspect_llvm() + _entry(signature, inner))
     module.verify()
     # What is left besides the entry is Numba's own wrapper, which needs Numba's runtime: let it go.
     for other in module.functions:
@@ -90,6 +97,24 @@ def _compile(signature: Any, function: Callable[..., None]) -> bytes:
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
     passes.getModulePassManager().run(module, passes)
     return bytes(machine.emit_object(module))
+
+
+@contextlib.contextmanager
+def _numba_not_optimising() -> Iterator[None]:
+    """Numba optimises each function by itself, a third of the time that a kernel takes to compile, before
+    everything is optimised here once more. The lock keeps its other users from noticing."""
+    from numba.core import config
+    from numba.core.compiler_lock import global_compiler_lock
+    from numba.core.registry import cpu_target
+
+    with global_compiler_lock:
+        _ = cpu_target.target_context  # made once, with the level of that moment
+        level = config.OPT
+        config.OPT = type(level)(0)
+        try:
+            yield
+        finally:
+            config.OPT = level
 
 
 def _entry(signature: Any, inner: str) -> str:
@@ -125,11 +150,22 @@ def _features() -> str:
 
 def _read(path: Path) -> bytes | None:
     with contextlib.suppress(OSError):
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            if not _is_ours(file.fileno()):
+                return None
+            content = file.read()
         digest, code = content[:32], content[32:]
         if hashlib.sha256(code).digest() == digest:
             return code
     return None
+
+
+def _is_ours(file: int) -> bool:
+    """Whether nobody else can have written the file: what it holds is going to be run."""
+    if not hasattr(os, "getuid"):
+        return True
+    status = os.fstat(file)
+    return status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _write(path: Path, code: bytes) -> None:
