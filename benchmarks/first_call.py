@@ -1,4 +1,4 @@
-"""How long the first forward and backward of a new process take, with an empty cache folder and a full one."""
+"""How long the first forward and backward of a process take, with an empty cache folder and a full one."""
 
 import os
 import subprocess

@@ -58,8 +58,8 @@ def fill(values, n, value):
 
 @loop
 def samples_per_block(width):
-    """Rows of so many columns that make a block."""
-    return max(4, BLOCK // width)
+    """Rows of so many columns that make a block: few enough for the float32 sum of a column."""
+    return max(4, min(256, BLOCK // width))
 
 
 @loop

@@ -109,12 +109,12 @@ def _numba_not_optimising() -> Iterator[None]:
 
     with global_compiler_lock:
         _ = cpu_target.target_context  # made once, with the level of that moment
-        level = config.OPT
-        config.OPT = type(level)(0)
+        level = vars(config)["OPT"]
+        vars(config)["OPT"] = type(level)(0)
         try:
             yield
         finally:
-            config.OPT = level
+            vars(config)["OPT"] = level
 
 
 def _entry(signature: Any, inner: str) -> str:
