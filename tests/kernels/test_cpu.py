@@ -591,9 +591,9 @@ def test_the_choice(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(cpu, "MAPPED", 4 * 64 * 100)
-    for rows, channels, activation in [(100, 64, None), (99, 64, "relu"), (99, 31, None)]:
+    for rows, channels, activation in [(50, 128, None), (49, 128, "relu"), (49, 127, None)]:
         assert choose(torch.randn(rows, channels), 1, activation=activation) is cpu
-    assert choose(torch.randn(99, 64), 1) is native
+    assert choose(torch.randn(49, 128), 1) is native
     monkeypatch.setattr(cpu, "SMALLEST", x.numel() + 1)
     assert choose(x, 1) is native
 

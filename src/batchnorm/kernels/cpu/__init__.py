@@ -35,7 +35,7 @@ _PLAIN_TYPES = (Tensor, nn.Parameter)
 # For fewer values torch's operator is done before an autograd function in Python has begun.
 SMALLEST = 32768
 # Channels of a row from which on torch's channels_last operator keeps up, where memory is not new each time.
-NARROW = 32
+NARROW = 128
 
 _pack = struct.Struct(f.FORMAT).pack
 
@@ -48,12 +48,22 @@ def supports(
     activation: str | None = None,
 ) -> bool:
     """Whether the kernels take these tensors where this code is running, and are faster than torch's."""
-    size, dtype = x.numel(), x.dtype
-    if size < SMALLEST and not (size and torch.is_grad_enabled() and recipes.is_recording()):
+    size, dtype, channels = x.numel(), x.dtype, x.shape[channel_dim]
+    recording = recipes.is_recording() and torch.is_grad_enabled()
+    if size < SMALLEST and not (size and recording):
+        return False
+    # Over rows torch is at the speed of memory too, but for narrow ones and where pages are new each time.
+    rows_are_torchs = (
+        activation is None
+        and residual is None
+        and channels >= NARROW
+        and size * x.element_size() < MAPPED
+        and not recording
+    )
+    if rows_are_torchs and x.ndim == 2:
         return False
     if dtype not in DTYPES or not _is_plain(x, dtype):
         return False
-    channels = x.shape[channel_dim]
     for parameter in parameters:
         if parameter is not None and not (
             _is_plain(parameter, dtype) and parameter.is_contiguous() and parameter.numel() == channels
@@ -62,13 +72,9 @@ def supports(
     if residual is not None and not _is_plain(residual, dtype):
         return False
     the_plan = _plan(x, channel_dim)
-    if the_plan is None or not _can_run_here():
+    if the_plan is None or (rows_are_torchs and the_plan.kind == "rows"):
         return False
-    if the_plan.kind == "rows" and activation is None and residual is None and not recipes.is_recording():
-        # There torch is at the speed of memory too, but for narrow rows and where pages are new each time.
-        rows_of_torch = the_plan.channels >= NARROW and size * x.element_size() < MAPPED
-        return not rows_of_torch and _work()
-    return _work()
+    return _can_run_here() and _work()
 
 
 def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
