@@ -142,6 +142,18 @@ def test_bench_prints_tables_and_writes_them(tmp_path: Path, capsys: pytest.Capt
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bench.json", "bench.png"]
 
 
+def test_ctrl_c_in_a_bench_says_so_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("batchnorm.lab.bench.bench", interrupted)
+    assert run(["bench", "--json", "bench.json"]) == 130
+    assert capsys.readouterr().err == "batchnorm: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bench_of_nets_and_without_a_compiler(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,10 +338,10 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(uninterrupted: list[dict[str, A
     process = start(folder)
     wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) >= 1, process)
     process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert f"go on with: batchnorm train --resume --output {folder}" in printed
+    assert f"go on with: batchnorm train --resume --output {folder}" in errors
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
     assert run(["train", "--resume", "--output", str(folder)]) == 0
     assert metrics(folder) == uninterrupted

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import statistics
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -16,33 +14,26 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from batchnorm.kernels.reference import ACTIVATIONS
 from batchnorm.lab import bench as benchmark
-from batchnorm.lab import figures
-from batchnorm.lab.bench import CASES, COMPILED, FLOOR, OURS, SHAPES, TORCH, Result, shape_name
-from batchnorm.lab.bench_nets import Nets, measure_nets
-from batchnorm.lab.compare import Comparison
+from batchnorm.lab import figures, tables
+from batchnorm.lab.bench import CASES, SHAPES
+from batchnorm.lab.bench_nets import measure_nets
 from batchnorm.lab.compare import compare as run_comparison
 from batchnorm.lab.data import DATASETS
 from batchnorm.lab.machine import machine_line
 from batchnorm.lab.nets import NORMS
-from batchnorm.lab.recipes import DTYPES, RECIPES, Config, configure
+from batchnorm.lab.recipes import DTYPES, MOST_THREADS, RECIPES, Config, configure
 from batchnorm.lab.run_folder import RunFolder, RunFolderError, default_output, write_atomically
 from batchnorm.lab.train import EpochResult, Training, load_dataset
 
 INTERRUPTED = 130
 
-_MOST_THREADS = 1024
 # A step of a network takes longer than a layer's.
 _NET_SECONDS = 10
-
-# What `bench` times, as the headings of its tables have it.
-_TIMED = {TORCH: "ms,\ntorch\n.nn", COMPILED: "ms,\ncom-\npiled", OURS: "ms,\nours", FLOOR: "ms,\nfloor"}
 
 app = typer.Typer(
     name="batchnorm",
@@ -154,11 +145,10 @@ def _run(training: Training, folder: RunFolder) -> None:
     except KeyboardInterrupt:
         folder.write_results(training, interrupted=True)
         done = len(training.history)
-        out.print(
+        raise _Interrupted(
             f"interrupted after {done} of {config.epochs} epochs; go on with: "
             f"batchnorm train --resume --output {shlex.quote(str(folder.path))}"
-        )
-        raise typer.Exit(INTERRUPTED) from None
+        ) from None
 
 
 def _epoch_line(config: Config, result: EpochResult) -> str:
@@ -210,43 +200,9 @@ def compare(
         folder.path / "comparison.json", (json.dumps(result.as_dict(), indent=2) + "\n").encode()
     )
     write_atomically(folder.path / "comparison.png", figures.comparison(result))
-    out.print(_comparison_table(result))
+    out.print(tables.comparison(result))
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "1 seed"
     out.print(f"{machine_line()}; {spread}; results in {folder.path}")
-
-
-def _comparison_table(result: Comparison) -> Table:
-    config = result.config
-    table = Table(
-        title=f"LeNet on {config.data}, {config.recipe} recipe, batch {config.batch_size}, "
-        f"{config.epochs} epochs",
-        caption="memory: batches of at most 32; ¹ forwards in training mode without a backward",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-    )
-    table.add_column("\n\nnorm", no_wrap=True)
-    for heading in (
-        "accuracy,\nrunning\nstatistics",
-        "accuracy,\ntest-batch\nstatistics",
-        f"steps/s\nvs\n{result.baseline}",
-        "KiB/100\ntrain\nsteps",
-        "KiB/100\ntest\nsteps¹",
-        "nodes/\n100\nsteps",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in result.rows:
-        table.add_row(
-            row.norm,
-            *(
-                str(accuracy) if result.seeds > 1 else f"{accuracy.mean:.3f}"
-                for accuracy in (row.accuracy, row.accuracy_by_batch)
-            ),
-            f"{row.relative_speed:.2f}",
-            f"{row.memory.train_kib:.0f}",
-            f"{row.memory.test_kib:.0f}",
-            f"{row.memory.graph_nodes:.0f}",
-        )
-    return table
 
 
 @app.command()
@@ -280,7 +236,7 @@ def bench(
         results = benchmark.bench(pairs, seconds, compiled=compiled, on_steps=on_steps)
         measured_nets = measure_nets(_NET_SECONDS * seconds) if nets else None
         on_steps(nets)
-    _print_bench(results, measured_nets)
+    out.print(*tables.bench(results, measured_nets), sep="\n")
     if json_file is not None:
         report = benchmark.report(results, seconds)
         report["nets"] = None if measured_nets is None else measured_nets.as_dict()
@@ -295,147 +251,31 @@ def _check_file(option: str, path: Path | None) -> None:
 
 
 def _set_threads(threads: int) -> None:
-    if not 1 <= threads <= _MOST_THREADS:
-        raise ValueError(f"threads {threads} must be from 1 to {_MOST_THREADS}")
+    if not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"threads {threads} must be from 1 to {MOST_THREADS}")
     torch.set_num_threads(threads)
-
-
-def _print_bench(results: Sequence[Result], nets: Nets | None) -> None:
-    for case in dict.fromkeys(result.case for result in results):
-        out.print(_case_table(case, [result for result in results if result.case == case]))
-    if nets is not None:
-        out.print(*_nets_tables(nets), sep="\n")
-    out.print(_summary_table(results))
-    out.print(
-        "floor: x.clone(), with backward x + gradient too; saved: what a layer keeps, its input included"
-    )
-    out.print(_floor_line(results))
-    for note, count in Counter(result.note for result in results if result.note).items():
-        out.print(f"{note} ({count} of {len(results)})")
-    out.print(_rounds_line(results))
-    threads = torch.get_num_threads()
-    out.print(f"{machine_line()}, {threads} thread{'s' if threads > 1 else ''}")
-
-
-def _case_table(case: str, results: Sequence[Result]) -> Table:
-    timed = [name for name in _TIMED if any(name in result.timings for result in results)]
-    table = _table(
-        case,
-        "shape",
-        *(_TIMED[name] for name in timed),
-        *(
-            "torch/\nours",
-            "ours/\nfloor",
-            "KiB\nsaved,\ntorch",
-            "KiB\nsaved,\nours",
-            "ours/\ntorch",
-        ),
-        tight=COMPILED in timed,
-    )
-    for result in results:
-        saved = result.saved_bytes
-        table.add_row(
-            shape_name(result.shape),
-            *(_ms(result.timings[name].ms) if name in result.timings else "-" for name in timed),
-            f"{result.speedup:.2f}",
-            f"{result.over_floor:.2f}",
-            _kib(saved[TORCH]),
-            _kib(saved[OURS]),
-            f"{result.saved_ratio:.2f}",
-        )
-    return table
-
-
-def _nets_tables(nets: Nets) -> tuple[Table, Table]:
-    stack = _table(
-        f"8 x (3x3 convolution, batch norm, ReLU) on {shape_name(nets.stack_shape)}",
-        "",
-        "KiB saved\nfor backward",
-        "of torch.nn's",
-    )
-    for name, saved in nets.saved_bytes.items():
-        stack.add_row(name, _kib(saved), f"{nets.saved_ratio(name):.2f}")
-    steps = _table(
-        f"ResNet-18, forward+backward on {shape_name(nets.images_shape)}", "", "ms", "of the time\nwithout"
-    )
-    for name, timing in nets.steps.items():
-        steps.add_row(name, _ms(timing.ms), f"{nets.step_ratio(name):.2f}")
-    return stack, steps
-
-
-def _summary_table(results: Sequence[Result]) -> Table:
-    table = _table(
-        "torch.nn's time / ours: above 1 ours is faster",
-        "case",
-        f"mean¹,\n{benchmark.LARGE:,}\nelements\nand more",
-        "shapes",
-        "worst\nof all",
-        "on",
-        caption="¹ geometric",
-    )
-    for case, summary in benchmark.speedups(results).items():
-        mean = "-" if summary.mean is None else f"{summary.mean:.2f}"
-        worst = f"{summary.worst:.2f}"
-        table.add_row(case, mean, str(summary.shapes), worst, shape_name(summary.worst_shape))
-    return table
-
-
-def _floor_line(results: Sequence[Result]) -> str:
-    summary = benchmark.over_floor(results)
-    if summary is None:
-        return f"no forward+backward of a shape of {benchmark.HUGE:,} elements to hold against the floor"
-    return (
-        f"forward+backward, ours / floor, for {benchmark.HUGE:,} elements and more ({summary.shapes} of the "
-        f"shapes): geometric mean {summary.mean:.2f}, worst {summary.worst:.2f} on "
-        f"{shape_name(summary.worst_shape)}"
-    )
-
-
-def _rounds_line(results: Sequence[Result]) -> str:
-    timings = [timing for result in results for timing in result.timings.values()]
-    rounds = [timing.rounds for timing in timings]
-    spread = statistics.median(timing.spread_ms / timing.ms for timing in timings)
-    return (
-        f"medians of {min(rounds)} to {max(rounds)} rounds, in turn; the interquartile range is typically "
-        f"{spread:.0%} of the median"
-    )
-
-
-def _table(title: str, first: str, *others: str, caption: str | None = None, tight: bool = False) -> Table:
-    padding = (0, 0, 0, 0 if tight else 1)
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=padding)
-    lines = max(heading.count("\n") for heading in others)
-    table.add_column("\n" * lines + first, no_wrap=True)
-    for heading in others:
-        table.add_column("\n" * (lines - heading.count("\n")) + heading, justify="right", no_wrap=True)
-    return table
-
-
-def _ms(ms: float) -> str:
-    """Three digits or so, in at most six characters."""
-    return f"{ms:.4f}" if ms < 0.1 else f"{ms:.3f}" if ms < 10 else f"{ms:.1f}"
-
-
-def _kib(size: int) -> str:
-    return f"{size / 1024:,.0f}" if size >= 10 * 1024 else f"{size / 1024:.1f}"
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; whatever is wrong with the input is one line and 2."""
     command = typer.main.get_command(app)
     try:
-        return command(arguments, prog_name="batchnorm", standalone_mode=False) or 0
+        code = command(arguments, prog_name="batchnorm", standalone_mode=False) or 0
+    except _Interrupted as error:
+        return _complain(str(error), INTERRUPTED)
     except (ValueError, OSError) as error:
         return _complain(str(error))
-    except KeyboardInterrupt:
-        return _complain("interrupted", INTERRUPTED)
     except Exception as error:
         # typer ships its own copy of click or uses click's, by version: its errors are told by what they do.
         if hasattr(error, "format_message"):
             return _complain(error.format_message())
-        if type(error).__name__ == "Abort":
-            return _complain("interrupted", INTERRUPTED)
         raise
+    # typer makes a code of Ctrl-C, without a word.
+    return _complain("interrupted", code) if code == INTERRUPTED else code
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, with what to do next."""
 
 
 def _complain(message: str, code: int = 2) -> int:

@@ -34,7 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 # It trains in seconds on one thread, and on one thread it does so on a busy machine too.
 _FOR_DIGITS = {"epochs": 10, "schedule": "one-cycle", "threads": 1}
 
-_MOST_THREADS = 1024
+MOST_THREADS = 1024
 
 DTYPES = {
     "float32": torch.float32,
@@ -85,8 +85,8 @@ class Config:
                 raise ValueError(f"{what} {given!r} must be a whole number")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} must be from 0 to 2**63 - 1")
-        if self.threads > _MOST_THREADS:
-            raise ValueError(f"threads {self.threads} must be {_MOST_THREADS} or fewer")
+        if self.threads > MOST_THREADS:
+            raise ValueError(f"threads {self.threads} must be {MOST_THREADS} or fewer")
         _check_at_least("batch size", self.batch_size, 2, ": batch norm needs the variance of a batch")
         _check_at_least("epochs", self.epochs, 1)
         _check_at_least("threads", self.threads, 1)

@@ -1,0 +1,174 @@
+"""What `batchnorm bench` and `batchnorm compare` have found, as tables for a terminal."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import torch
+from rich import box
+from rich.table import Table
+
+from batchnorm.lab import bench as benchmark
+from batchnorm.lab.bench import COMPILED, FLOOR, OURS, TORCH, Result, shape_name
+from batchnorm.lab.bench_nets import Nets
+from batchnorm.lab.compare import Comparison
+from batchnorm.lab.machine import machine_line
+
+# What `bench` times, as the headings of its tables have it.
+_TIMED = {TORCH: "ms,\ntorch\n.nn", COMPILED: "ms,\ncom-\npiled", OURS: "ms,\nours", FLOOR: "ms,\nfloor"}
+
+
+def comparison(result: Comparison) -> Table:
+    """A row per norm: accuracy, speed, and memory that grows."""
+    config = result.config
+    table = Table(
+        title=f"LeNet on {config.data}, {config.recipe} recipe, batch {config.batch_size}, "
+        f"{config.epochs} epochs",
+        caption="memory: batches of at most 32; ¹ forwards in training mode without a backward",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("\n\nnorm", no_wrap=True)
+    for heading in (
+        "accuracy,\nrunning\nstatistics",
+        "accuracy,\ntest-batch\nstatistics",
+        f"steps/s\nvs\n{result.baseline}",
+        "KiB/100\ntrain\nsteps",
+        "KiB/100\ntest\nsteps¹",
+        "nodes/\n100\nsteps",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in result.rows:
+        table.add_row(
+            row.norm,
+            *(
+                str(accuracy) if result.seeds > 1 else f"{accuracy.mean:.3f}"
+                for accuracy in (row.accuracy, row.accuracy_by_batch)
+            ),
+            f"{row.relative_speed:.2f}",
+            f"{row.memory.train_kib:.0f}",
+            f"{row.memory.test_kib:.0f}",
+            f"{row.memory.graph_nodes:.0f}",
+        )
+    return table
+
+
+def bench(results: Sequence[Result], nets: Nets | None) -> Iterator[Table | str]:
+    """A table per case, one of the networks, a summary, and what must be said about them."""
+    for case in dict.fromkeys(result.case for result in results):
+        yield _case_table(case, [result for result in results if result.case == case])
+    if nets is not None:
+        yield from _nets_tables(nets)
+    yield _summary_table(results)
+    yield "floor: x.clone(), with backward x + gradient too; saved: what a layer keeps, its input included"
+    yield _floor_line(results)
+    for note, count in Counter(result.note for result in results if result.note).items():
+        yield f"{note} ({count} of {len(results)})"
+    yield _rounds_line(results)
+    threads = torch.get_num_threads()
+    yield f"{machine_line()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _case_table(case: str, results: Sequence[Result]) -> Table:
+    timed = [name for name in _TIMED if any(name in result.timings for result in results)]
+    table = _table(
+        case,
+        "shape",
+        *(_TIMED[name] for name in timed),
+        *(
+            "torch/\nours",
+            "ours/\nfloor",
+            "KiB\nsaved,\ntorch",
+            "KiB\nsaved,\nours",
+            "ours/\ntorch",
+        ),
+        tight=COMPILED in timed,
+    )
+    for result in results:
+        saved = result.saved_bytes
+        table.add_row(
+            shape_name(result.shape),
+            *(_ms(result.timings[name].ms) if name in result.timings else "-" for name in timed),
+            f"{result.speedup:.2f}",
+            f"{result.over_floor:.2f}",
+            _kib(saved[TORCH]),
+            _kib(saved[OURS]),
+            f"{result.saved_ratio:.2f}",
+        )
+    return table
+
+
+def _nets_tables(nets: Nets) -> tuple[Table, Table]:
+    stack = _table(
+        f"8 x (3x3 convolution, batch norm, ReLU) on {shape_name(nets.stack_shape)}",
+        "",
+        "KiB saved\nfor backward",
+        "of torch.nn's",
+    )
+    for name, saved in nets.saved_bytes.items():
+        stack.add_row(name, _kib(saved), f"{nets.saved_ratio(name):.2f}")
+    steps = _table(
+        f"ResNet-18, forward+backward on {shape_name(nets.images_shape)}", "", "ms", "of the time\nwithout"
+    )
+    for name, timing in nets.steps.items():
+        steps.add_row(name, _ms(timing.ms), f"{nets.step_ratio(name):.2f}")
+    return stack, steps
+
+
+def _summary_table(results: Sequence[Result]) -> Table:
+    table = _table(
+        "torch.nn's time / ours: above 1 ours is faster",
+        "case",
+        f"mean¹,\n{benchmark.LARGE:,}\nelements\nand more",
+        "shapes",
+        "worst\nof all",
+        "on",
+        caption="¹ geometric",
+    )
+    for case, summary in benchmark.speedups(results).items():
+        mean = "-" if summary.mean is None else f"{summary.mean:.2f}"
+        worst = f"{summary.worst:.2f}"
+        table.add_row(case, mean, str(summary.shapes), worst, shape_name(summary.worst_shape))
+    return table
+
+
+def _floor_line(results: Sequence[Result]) -> str:
+    summary = benchmark.over_floor(results)
+    if summary is None:
+        return f"no forward+backward of a shape of {benchmark.HUGE:,} elements to hold against the floor"
+    return (
+        f"forward+backward, ours / floor, for {benchmark.HUGE:,} elements and more ({summary.shapes} of the "
+        f"shapes): geometric mean {summary.mean:.2f}, worst {summary.worst:.2f} on "
+        f"{shape_name(summary.worst_shape)}"
+    )
+
+
+def _rounds_line(results: Sequence[Result]) -> str:
+    timings = [timing for result in results for timing in result.timings.values()]
+    rounds = [timing.rounds for timing in timings]
+    spread = statistics.median(timing.spread_ms / timing.ms for timing in timings)
+    return (
+        f"medians of {min(rounds)} to {max(rounds)} rounds, in turn; the interquartile range is typically "
+        f"{spread:.0%} of the median"
+    )
+
+
+def _table(title: str, first: str, *others: str, caption: str | None = None, tight: bool = False) -> Table:
+    padding = (0, 0, 0, 0 if tight else 1)
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=padding)
+    lines = max(heading.count("\n") for heading in others)
+    table.add_column("\n" * lines + first, no_wrap=True)
+    for heading in others:
+        table.add_column("\n" * (lines - heading.count("\n")) + heading, justify="right", no_wrap=True)
+    return table
+
+
+def _ms(ms: float) -> str:
+    """Three digits or so, in at most six characters."""
+    return f"{ms:.4f}" if ms < 0.1 else f"{ms:.3f}" if ms < 10 else f"{ms:.1f}"
+
+
+def _kib(size: int) -> str:
+    return f"{size / 1024:,.0f}" if size >= 10 * 1024 else f"{size / 1024:.1f}"
