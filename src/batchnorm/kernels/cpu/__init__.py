@@ -18,7 +18,7 @@ from batchnorm import recipes
 from batchnorm.kernels import reference
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu import team
-from batchnorm.kernels.cpu.pages import MAPPED, empty_like
+from batchnorm.kernels.cpu.pages import empty_like
 from batchnorm.kernels.cpu.plan import DTYPES, Plan, function, plan
 from batchnorm.moments import Moments
 
@@ -34,8 +34,9 @@ _PLAIN_TYPES = (Tensor, nn.Parameter)
 
 # For fewer values torch's operator is done before an autograd function in Python has begun.
 SMALLEST = 32768
-# Channels of a row from which on torch's channels_last operator keeps up, where memory is not new each time.
-NARROW = 128
+# Channels of a row from which on torch's channels_last operator keeps up, for tensors of fewer bytes than glibc
+# maps anew each time.
+NARROW, MAPPED = 128, 32 * 1024 * 1024
 
 _pack = struct.Struct(f.FORMAT).pack
 

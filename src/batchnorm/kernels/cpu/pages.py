@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 _HUGE = 2 * 1024 * 1024
-# Blocks from here on are mapped anew each time, and given back when they are freed: glibc's largest
-# M_MMAP_THRESHOLD. Below it, memory that is used again has its pages (benchmarks/huge_pages.py).
-MAPPED = 32 * 1024 * 1024
+# glibc maps blocks above 32 MiB anew each time, and gives back the memory of smaller ones when enough of it is
+# free at the end of the heap; from here on huge pages then halve the time, and never cost any
+# (benchmarks/huge_pages.py).
+_LARGE = 8 * 1024 * 1024
 
 
 def empty_like(x: Tensor) -> Tensor:
     """As `torch.empty_like`; a large tensor is advised to be in huge pages where the system has them."""
     y = torch.empty_like(x)
     size = y.numel() * y.element_size()
-    if size >= MAPPED and (madvise := _madvise()) is not None:
+    if size >= _LARGE and (madvise := _madvise()) is not None:
         start = -(-y.data_ptr() // _HUGE) * _HUGE
         end = (y.data_ptr() + size) // _HUGE * _HUGE
         madvise(start, end - start, mmap.MADV_HUGEPAGE)  # advice: where it is refused nothing changes
