@@ -34,7 +34,8 @@ def compare(shape: tuple[int, ...], trimmed: bool) -> None:
                 del y
     plain, huge = (statistics.median(measured) * 1e3 for measured in times.values())
     size, memory = x.numel() * x.element_size() / 2**20, "trimmed" if trimmed else "used again"
-    print(f"{size:3.0f} MiB, {memory:<10}  {plain:6.2f} ms  {huge:6.2f} ms in huge pages  {plain / huge:.2f}x")
+    ratio = plain / huge
+    print(f"{size:3.0f} MiB, {memory:<10}  {plain:6.2f} ms  {huge:6.2f} ms in huge pages  {ratio:.2f}x")
 
 
 def main() -> None:

@@ -34,8 +34,8 @@ _PLAIN_TYPES = (Tensor, nn.Parameter)
 
 # For fewer values torch's operator is done before an autograd function in Python has begun.
 SMALLEST = 32768
-# Channels of a row from which on torch's channels_last operator keeps up, for tensors of fewer bytes than glibc
-# maps anew each time.
+# Channels of a row from which on torch's channels_last operator keeps up, for tensors of fewer bytes than
+# glibc maps anew each time.
 NARROW, MAPPED = 128, 32 * 1024 * 1024
 
 _pack = struct.Struct(f.FORMAT).pack

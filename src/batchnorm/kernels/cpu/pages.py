@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 _HUGE = 2 * 1024 * 1024
-# glibc maps blocks above 32 MiB anew each time, and gives back the memory of smaller ones when enough of it is
-# free at the end of the heap; from here on huge pages then halve the time, and never cost any
+# glibc maps blocks above 32 MiB anew each time, and gives back the memory of smaller ones when enough of it
+# is free at the end of the heap; from here on huge pages then nearly halve the time, and cost none otherwise
 # (benchmarks/huge_pages.py).
 _LARGE = 8 * 1024 * 1024
 
