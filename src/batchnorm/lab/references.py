@@ -1,0 +1,171 @@
+"""Models, weights and data that a command is given by name: checked before use, and never unpickled."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from batchnorm.lab.data import DATASETS, load
+
+_REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+# Where training scripts put the model's state among other things; the last is `batchnorm train`'s.
+_MODEL_KEYS = ("state_dict", "model_state_dict", "model")
+_TORCH_SUFFIXES, _SAFETENSORS = (".pt", ".pth"), ".safetensors"
+_NAMED = 3
+
+
+def make_model(reference: str) -> nn.Module:
+    """What the function `package.module:factory` returns.
+
+    Raises:
+        ValueError: it cannot be found, takes arguments, fails, or returns no module.
+    """
+    model = _call(reference, "the model")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model {reference} gives a {type(model).__name__}: expected a torch.nn.Module")
+    return model
+
+
+def make_loader(
+    reference: str, *, data_dir: str | None = None, batch_size: int = 256, standardize: bool = False
+) -> Iterable[Any]:
+    """Training images of a built-in data set in batches, or what `package.module:loader` returns.
+
+    Raises:
+        ValueError: it cannot be found, fails, or cannot be iterated over.
+    """
+    if reference in DATASETS:
+        if batch_size < 1:
+            raise ValueError(f"batch size {batch_size} must be 1 or more")
+        data = load(reference, data_dir)
+        data = data.standardized() if standardize else data
+        return DataLoader(TensorDataset(data.train_images, data.train_labels), batch_size)
+    if ":" not in reference:
+        raise ValueError(
+            f"unknown data {reference!r}: expected one of {', '.join(DATASETS)}, or package.module:loader"
+        )
+    loader = _call(reference, "the loader")
+    if not isinstance(loader, Iterable):
+        raise ValueError(f"the loader {reference} gives a {type(loader).__name__}: expected batches")
+    return loader
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a safetensors file, or a checkpoint of tensors (`weights_only`), into the model.
+
+    A checkpoint is a state_dict, or has one under "state_dict", "model_state_dict" or "model".
+
+    Raises:
+        ValueError: not such a file, or its tensors are not the model's.
+    """
+    state = _read_state(path)
+    expected = model.state_dict()
+    _check_names(path, set(expected) - set(state), "lacks", "which the model has")
+    _check_names(path, set(state) - set(expected), "has", "which the model lacks")
+    for name, tensor in expected.items():
+        if tensor.shape != state[name].shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(state[name].shape)}, in the model {tuple(tensor.shape)}"
+            )
+    model.load_state_dict(state)
+
+
+def weights_as_bytes(model: nn.Module, suffix: str) -> bytes:
+    """The model's state_dict as a file with this suffix: .safetensors, .pt or .pth."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if suffix == _SAFETENSORS:
+        # A copy each: the format has no tensors that share memory.
+        return bytes(safetensors.torch.save({name: tensor.clone() for name, tensor in state.items()}))
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def check_new_file(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
+    """ValueError unless the path has one of the suffixes, is free, and its folder can be written to."""
+    if path.suffix not in suffixes:
+        raise ValueError(f"{option} {path} must end in {' or '.join(suffixes)}")
+    if path.exists() or path.is_symlink():
+        raise ValueError(f"{option} {path} is there already: give a new file, nothing is overwritten")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{option} {path} cannot be written: give a file in a folder that can be written to")
+
+
+def write_new_file(path: Path, content: bytes) -> None:
+    """Write a file that was not there: whole or not at all, and never over another.
+
+    Raises:
+        ValueError: in the meantime there is one.
+    """
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)
+    except FileExistsError:
+        raise ValueError(f"{path} is there already: nothing is overwritten") from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _call(reference: str, what: str) -> Any:
+    """Call a function without arguments, by its reference."""
+    if _REFERENCE.fullmatch(reference) is None:
+        raise ValueError(f"{what} {reference!r} must be given as package.module:function")
+    module_name, name = reference.split(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's module is where the user is
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{what} {reference} cannot be imported: {error}") from None
+    except AttributeError:
+        raise ValueError(f"{what} {reference}: {module_name} has no {name}") from None
+    if not callable(function):
+        raise ValueError(f"{what} {reference} is a {type(function).__name__}: expected a function")
+    try:
+        return function()
+    except TypeError as error:
+        raise ValueError(f"{what} {reference} must be a function without arguments: {error}") from error
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        if path.suffix == _SAFETENSORS:
+            return dict(safetensors.torch.load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever bytes that are no checkpoint may raise
+        first_line = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
+        raise ValueError(
+            f"{path} is no safetensors file and no checkpoint of tensors alone: {first_line}"
+        ) from None
+    for key in _MODEL_KEYS:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} holds no state_dict, nor one under {', '.join(_MODEL_KEYS)}")
+    return state
+
+
+def _check_names(path: Path, names: set[str], verb: str, end: str) -> None:
+    if names:
+        first = ", ".join(sorted(names)[:_NAMED])
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        raise ValueError(f"{path} {verb} {first}{more}, {end}")
