@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from batchnorm import layers
 from batchnorm.model import fold_check as check
@@ -40,11 +40,11 @@ _FORWARDS = (
 
 
 def fold(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> nn.Module:
-    """A copy of `model` for deployment, in eval mode, whose batch norms are in the weights of their neighbours.
+    """A deployment copy of `model`, in eval mode, whose batch norms are in their neighbours' weights.
 
-    In eval mode batch norm is `x * scale + shift` per channel, with `scale = weight / sqrt(running_var + eps)`
-    and `shift = bias - running_mean * scale`. Where the traced graph (torch.fx) shows that nothing else sees
-    what is between, that goes into
+    In eval mode batch norm is `x * scale + shift` per channel, with
+    `scale = weight / sqrt(running_var + eps)` and `shift = bias - running_mean * scale`. Where the traced
+    graph (torch.fx) shows that nothing else sees what is between, that goes into
 
     - the convolution, transposed convolution or linear layer before it: `W * scale` over its outputs and
       `b * scale + shift` (Jacob et al. 2018, Quantization and Training of Neural Networks, section 3.2);
@@ -103,7 +103,7 @@ def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fold: expected a model (torch.nn.Module), got {type(model).__name__}")
     for name, module in model.named_modules():
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
             raise ValueError(
                 f"fold: {describe(module, name)} has not seen its first input yet: run one batch through the "
                 "model first"
@@ -377,7 +377,7 @@ def _is_wrong(name: str, value: torch.Tensor) -> bool:
     return not value.isfinite().all() or (name == "running_var" and bool((value < 0).any()))
 
 
-def _channels(layer: nn.Module, rank: int) -> int:
+def _channels(layer: Any, rank: int) -> int:
     """Where `layer` has its channels in an input or output of so many dimensions."""
     if isinstance(layer, _BatchNorm):
         return getattr(layer, "channel_dim", 1) % rank
@@ -436,15 +436,18 @@ class _Errors:
         """
         model = check.to_float64(check.runnable_copy(source))
         copied = _apply(plan, check.to_float64(check.runnable_copy(source)))
-        wanted = _run_or_say(partial(check.run_float64, model, arguments), "model", "in float64")
-        got = _run_or_say(partial(check.run_float64, copied, arguments), "folded copy", "in float64")
+        wanted = _run_or_say(partial(check.run_float64, model, arguments), "the model", "in float64")
+        got = _run_or_say(partial(check.run_float64, copied, arguments), "the folded copy", "in float64")
         error = check.relative_error(wanted, got)
         if not error <= tolerance:
+            culprits = _culprits(model, copied, plan, arguments, tolerance)
             raise ValueError(
                 f"fold: model and folded copy differ by {error:.3g} of the largest output in float64, where "
-                f"{tolerance:.3g} is allowed (tolerance). {_culprits(model, copied, plan, arguments, tolerance)}"
+                f"{tolerance:.3g} is allowed (tolerance). {culprits}"
             )
-        as_is = _run_or_say(partial(check.run, check.runnable_copy(folded), arguments), "folded copy", "")
+        as_is = _run_or_say(
+            partial(check.run, check.runnable_copy(folded), arguments), "the folded copy", "on the example"
+        )
         return cls(
             copy=check.relative_error(wanted, as_is, exactly=False),
             model=check.relative_error(wanted, unfolded, exactly=False),

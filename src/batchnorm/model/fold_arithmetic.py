@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class Affine(NamedTuple):
 
 
 class MultiplyAdd(nn.Module):
-    """`activation(x * weight + bias + residual)`: what batch norm is in eval mode, in two numbers per channel.
+    """`activation(x * weight + bias + residual)`: batch norm in eval mode, as two numbers per channel.
 
     Args:
         affine: the scale and shift, (C,) each.
@@ -113,7 +113,7 @@ def _finish(x: Tensor, residual: Tensor | None, activation: str | None) -> Tenso
 class Weights:
     """Weight and bias of a convolution or linear layer, in float64 until all is folded into them."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         self._layer = layer
         self._transposed = isinstance(layer, TRANSPOSED)
         self._groups: int = getattr(layer, "groups", 1)
@@ -154,15 +154,15 @@ class Weights:
         return values.reshape(shape)
 
 
-def shift_meets_zeros(layer: nn.Module) -> bool:
-    """Whether an output of `layer` may read zeros that no input has, which a shift before it never reaches."""
+def shift_meets_zeros(layer: Any) -> bool:
+    """Whether outputs of `layer` may read zeros that are no inputs: a shift before it does not reach them."""
     if isinstance(layer, CONVOLUTIONS):
         if layer.padding_mode != "zeros" or layer.padding == "valid":
             return False
         if layer.padding == "same":
             return any(size > 1 for size in layer.kernel_size)
-        return any(layer.padding)  # type: ignore[arg-type]
+        return any(layer.padding)
     if isinstance(layer, TRANSPOSED):
         one_to_one = math.prod(layer.kernel_size) == math.prod(layer.stride) == 1
-        return not one_to_one or any(layer.padding) or any(layer.output_padding)  # type: ignore[arg-type]
+        return not one_to_one or any(layer.padding) or any(layer.output_padding)
     return False

@@ -30,7 +30,7 @@ def as_arguments(example: Any) -> Example:
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy without gradients. Tensors that a graph computed (weight_norm's) are copied by their values."""
+    """A deep copy without gradients, and of tensors that a graph computed (weight_norm's) the values."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in vars(module).values():
@@ -67,7 +67,7 @@ class EvalSyncBatchNorm(nn.SyncBatchNorm):
 
 
 def run(model: nn.Module, example: Example) -> Any:
-    """The output of `model`, without gradients; `example` is copied, and random numbers are the same each time.
+    """The output of `model`, without gradients, of a copy of `example` and always the same random numbers.
 
     Raises:
         ValueError: the forward failed; the message names the innermost layer that did.
