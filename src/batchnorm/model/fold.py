@@ -238,14 +238,11 @@ class _Planner:
         if reason:
             self._plan.left_alone.append(NotFolded(self._describe(norm), reason))
             return
-        into, not_before = self._layer_before(norm)
-        targets = [(into, 1)] if into is not None else []
-        not_after = ""
+        targets, not_before = self._layers_before(norm)
+        comes_after, not_after = bool(targets), ""
         if not targets:
             targets, not_after = self._layers_after(norm)
-        if targets:
-            self._fold(norm, targets, comes_after=into is not None)
-        else:
+        if not targets:
             self._plan.multiply_adds.append(NotFolded(self._describe(norm), f"{not_before}; {not_after}"))
         self._plan.replacements[name] = _Replacement(
             affine=None if targets else self._affines[norm],
@@ -253,21 +250,26 @@ class _Planner:
             channel_dim=getattr(norm, "channel_dim", 1),
             with_residual=self._graphs.calls[norm].with_residual,
         )
+        for target in targets:
+            self._fold(norm, target, comes_after)
+        if targets:
+            self._note_folded(norm)
 
-    def _fold(self, norm: nn.Module, targets: list[tuple[nn.Module, int]], *, comes_after: bool) -> None:
-        graphs, affine = self._graphs, self._affines[norm]
-        name = graphs.names[norm]
-        for target, times in targets:
-            self._plan.folded.append(Folded(self._describe(norm), self._describe(target)))
-            if isinstance(target, _BatchNorm):
-                self._affines[target] = self._affines[target].after(affine)
-            else:
-                step = _Step(name, graphs.names[target], affine.repeated(times), comes_after)
-                self._plan.steps.append(step)
-        calls = graphs.calls[norm]
+    def _fold(self, norm: _BatchNorm, target: Any, comes_after: bool) -> None:
+        names, affine = self._graphs.names, self._affines[norm]
+        self._plan.folded.append(Folded(self._describe(norm), self._describe(target)))
+        if isinstance(target, _BatchNorm):
+            self._affines[target] = self._affines[target].after(affine)
+            return
+        if not comes_after and isinstance(target, nn.Linear):
+            affine = affine.repeated(target.in_features // norm.num_features)  # more than 1 behind a flatten
+        self._plan.steps.append(_Step(names[norm], names[target], affine, comes_after))
+
+    def _note_folded(self, norm: _BatchNorm) -> None:
+        calls = self._graphs.calls[norm]
         self._plan.operations_saved += 2 * sum(shape.numel() for shape in calls.shapes)
         if getattr(norm, "activation", None) is None and not calls.with_residual:
-            graphs.pass_on(norm)
+            self._graphs.pass_on(norm)
 
     def _why_fixed(self, norm: _BatchNorm) -> str:
         if type(norm).forward not in _FORWARDS or "forward" in vars(norm):
@@ -284,35 +286,34 @@ class _Planner:
             return "the example does not run it"
         return ""
 
-    def _layer_before(self, norm: _BatchNorm) -> tuple[nn.Module | None, str]:
-        """The layer whose every output goes to `norm`, or None and the reason."""
+    def _layers_before(self, norm: _BatchNorm) -> tuple[list[nn.Module], str]:
+        """The layers that are all that `norm` reads, and that nothing else does, or none and the reason."""
         graphs = self._graphs
         if not graphs.nodes[norm] or graphs.called_elsewhere(norm):
-            return None, "its calls are not all in a traced graph"
-        sources = set()
+            return [], "its calls are not all in a traced graph"
+        found: dict[nn.Module, set[Any]] = {}
         for node in graphs.nodes[norm]:
             source, reason = graphs.source(node)
             if source is None:
-                return None, reason
-            sources.add(source)
-        targets = {graphs.module(source) for source in sources}
-        target = targets.pop()
-        if targets:
-            return None, "its calls follow different layers"
-        if target is None or not inherits_forward(target):
-            return None, f"it follows {graphs.describe(sources.pop())}"
-        if sources != set(graphs.nodes[target]):
-            return None, f"{self._describe(target)} is used elsewhere too"
-        return self._checked(norm, target)
+                return [], reason
+            target = graphs.module(source)
+            if target is None or not inherits_forward(target):
+                return [], f"it follows {graphs.describe(source)}"
+            found.setdefault(target, set()).add(source)
+        for target, calls in found.items():
+            reason = self._why_not(norm, target, calls)
+            if reason:
+                return [], reason
+        return list(found), ""
 
-    def _layers_after(self, norm: _BatchNorm) -> tuple[list[tuple[nn.Module, int]], str]:
-        """The layers that read `norm`, and how often each channel is repeated, or none and the reason."""
+    def _layers_after(self, norm: _BatchNorm) -> tuple[list[nn.Module], str]:
+        """The layers that are all that reads `norm`, and read nothing else, or none and the reason."""
         graphs = self._graphs
         if getattr(norm, "activation", None) is not None or graphs.calls[norm].with_residual:
             return [], "an activation or a residual follows"
         if not graphs.nodes[norm] or graphs.called_elsewhere(norm):
             return [], "what follows is not in a traced graph"
-        found: dict[nn.Module, set[tuple[Any, bool]]] = {}
+        found: dict[nn.Module, dict[Any, bool]] = {}
         for node in graphs.nodes[norm]:
             readers, reason = graphs.readers(node)
             if reason:
@@ -321,49 +322,36 @@ class _Planner:
                 target = graphs.module(reader)
                 if target is None or not (inherits_forward(target) or isinstance(target, _BatchNorm)):
                     return [], f"{graphs.describe(reader)} follows"
-                found.setdefault(target, set()).add((reader, flattened))
-        targets = []
+                found.setdefault(target, {})[reader] = flattened
         for target, calls in found.items():
-            if {reader for reader, _ in calls} != set(graphs.nodes[target]):
-                return [], f"{self._describe(target)} is used elsewhere too"
-            times, reason = self._repeats(norm, target, {flattened for _, flattened in calls})
-            if times:
-                checked, reason = self._checked(norm, target, flattened=times > 1)
-                times = 0 if checked is None else times
-            if times and shift_meets_zeros(target) and self._affines[norm].shift.any():
-                times, reason = (
-                    0,
-                    f"its shift does not go through the zero padding of {self._describe(target)}",
-                )
-            if not times:
+            reason = self._why_not(norm, target, set(calls), set(calls.values()))
+            if not reason and shift_meets_zeros(target) and self._affines[norm].shift.any():
+                reason = f"its shift does not go through the zero padding of {self._describe(target)}"
+            if reason:
                 return [], reason
-            targets.append((target, times))
-        return targets, ""
+        return list(found), ""
 
-    def _repeats(self, norm: _BatchNorm, target: nn.Module, flattened: set[bool]) -> tuple[int, str]:
-        if flattened == {False}:
-            return 1, ""
-        if flattened == {True} and isinstance(target, nn.Linear) and getattr(norm, "channel_dim", 1) == 1:
-            return target.in_features // norm.num_features, ""
-        return 0, f"a flatten is before {self._describe(target)}"
-
-    def _checked(
-        self, norm: _BatchNorm, target: nn.Module, flattened: bool = False
-    ) -> tuple[nn.Module | None, str]:
-        """`target`, if its weights may change and its channels are those of `norm`."""
+    def _why_not(
+        self, norm: _BatchNorm, target: nn.Module, calls: set[Any], flattened: Iterable[bool] = (False,)
+    ) -> str:
+        """Why `norm` cannot go into `target`, or nothing; `calls` are those that it is next to."""
         graphs, what = self._graphs, self._describe(target)
         if isinstance(target, _BatchNorm) and (target in self._done or self._why_fixed(target)):
-            return None, f"{what} is left alone"
-        if has_hooks(target):
-            return None, f"{what} has hooks"
-        if graphs.reads_tensors_of(target):
-            return None, f"the weights of {what} are used elsewhere in the forward too"
+            return f"{what} is left alone"
+        if calls != set(graphs.nodes[target]):
+            return f"{what} is used elsewhere too"
         if graphs.called_elsewhere(target):
-            return None, f"{what} is called outside of the traced graph too"
+            return f"{what} is called outside of the traced graph too"
+        if has_hooks(target):
+            return f"{what} has hooks"
+        if graphs.reads_tensors_of(target):
+            return f"the weights of {what} are used elsewhere in the forward too"
         ranks = {len(shape) for shape in graphs.calls[norm].shapes}
-        if not flattened and any(_channels(norm, rank) != _channels(target, rank) for rank in ranks):
-            return None, f"{what} has its channels in another dimension"
-        return target, ""
+        if any(flattened):
+            fits = all(flattened) and isinstance(target, nn.Linear) and _channels(norm, max(ranks)) == 1
+        else:
+            fits = all(_channels(norm, rank) == _channels(target, rank) for rank in ranks)
+        return "" if fits else f"{what} has its channels in another dimension"
 
     def _describe(self, module: nn.Module) -> str:
         return describe(module, self._graphs.names[module])
@@ -459,9 +447,7 @@ def _run_or_say(run: Callable[[], Any], what: str, how: str) -> Any:
     try:
         return run()
     except ValueError as error:
-        raise ValueError(
-            f"fold: the {what} does not run {how or 'on the example'}; it failed {error}"
-        ) from error
+        raise ValueError(f"fold: {what} does not run {how}; it failed {error}") from error
 
 
 def _culprits(
