@@ -37,6 +37,7 @@ _FORWARDS = (
     check.EvalSyncBatchNorm.forward,
     layers._BatchNorm.forward,
 )
+_RANKS = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
 
 
 def fold(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> nn.Module:
@@ -88,13 +89,14 @@ def fold(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> nn.Modul
     arguments = check.as_arguments(example)
     source = check.copy_of(model).eval()
 
-    scratch = check.runnable_copy(source)
-    unfolded, calls = _run_recording(scratch, arguments)
-    graphs = Graphs(scratch, calls)
-    plan = _Planner(graphs).plan()
+    with check.keep_random_state(model):
+        scratch = check.runnable_copy(source)
+        unfolded, calls = _run_recording(scratch, arguments)
+        graphs = Graphs(scratch, calls)
+        plan = _Planner(graphs).plan()
 
-    folded = _apply(plan, check.copy_of(source))
-    errors = _Errors.of(source, folded, plan, arguments, unfolded, tolerance)
+        folded = _apply(plan, check.copy_of(source))
+        errors = _Errors.of(source, folded, plan, arguments, unfolded, tolerance)
     folded.fold_report = _report(plan, graphs, source, folded, errors, tolerance)  # type: ignore[assignment]
     return folded
 
@@ -184,11 +186,10 @@ class _Plan:
 
     def watched(self) -> list[str]:
         """Layers whose outputs are the same before and after."""
-        after = {folded.into for folded in self.folded} | {kept.layer for kept in self.multiply_adds}
-        normed = {step.layer for step in self.steps if step.comes_after}
-        behind = {step.into for step in self.steps if not step.comes_after}
-        followed = {step.into for step in self.steps if step.comes_after}
-        return sorted((normed | behind | after) - followed)
+        last = {step.into: step.layer for step in self.steps if step.comes_after}
+        behind = {step.into for step in self.steps if not step.comes_after} - set(last)
+        kept = {name for name, replacement in self.replacements.items() if replacement.affine is not None}
+        return sorted({*last.values()} | behind | kept)
 
 
 class _Planner:
@@ -217,17 +218,14 @@ class _Planner:
 
     def _finite_affine(self, norm: _BatchNorm) -> Affine:
         affine = Affine.of(norm)
-        if not affine.is_finite():
-            values = {
-                "running_mean": norm.running_mean,
-                "running_var": norm.running_var,
-                "weight": norm.weight,
-                "bias": norm.bias,
-            }
-            wrong = [name for name, value in values.items() if value is not None and _is_wrong(name, value)]
+        values = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        finite = [value is None or bool(value.isfinite().all()) for value in values]
+        if not (affine.is_finite() and all(finite)):
+            names = ("running_mean", "running_var", "weight", "bias")
+            wrong = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
             raise ValueError(
                 f"fold: the scale or shift of {self._describe(norm)} is not finite: look at its "
-                f"{', '.join(wrong) or 'running_var + eps'}. Batch norm needs finite values and a variance "
+                f"{', '.join(wrong) or 'running_var'}. Batch norm needs finite values and a variance "
                 "of at least 0: recalibrate the model or load other weights"
             )
         return affine
@@ -247,7 +245,7 @@ class _Planner:
         self._plan.replacements[name] = _Replacement(
             affine=None if targets else self._affines[norm],
             activation=getattr(norm, "activation", None),
-            channel_dim=getattr(norm, "channel_dim", 1),
+            channel_dim=_channels_from_the_end(norm),
             with_residual=self._graphs.calls[norm].with_residual,
         )
         for target in targets:
@@ -357,12 +355,15 @@ class _Planner:
         return describe(module, self._graphs.names[module])
 
 
+def _channels_from_the_end(norm: _BatchNorm) -> int:
+    """`channel_dim`, counted from the end where the rank is known: then no forward has to look at it."""
+    channel_dim = getattr(norm, "channel_dim", 1)
+    rank = next((rank for kind, rank in _RANKS.items() if isinstance(norm, kind)), None)
+    return channel_dim if rank is None else channel_dim % rank - rank
+
+
 def _has_statistics(norm: _BatchNorm) -> bool:
     return norm.running_mean is not None and norm.running_var is not None
-
-
-def _is_wrong(name: str, value: torch.Tensor) -> bool:
-    return not value.isfinite().all() or (name == "running_var" and bool((value < 0).any()))
 
 
 def _channels(layer: Any, rank: int) -> int:

@@ -74,8 +74,8 @@ class MultiplyAdd(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """In the shape and dtype of `x`; `mask` is there for layers that took one, and changes nothing."""
-        shape = [1] * x.ndim
-        shape[self.channel_dim] = -1
+        behind = -self.channel_dim if self.channel_dim < 0 else x.ndim - self.channel_dim
+        shape = (-1, *[1] * (behind - 1))
         weight, bias = self.weight.reshape(shape), self.bias.reshape(shape)
         y = torch.addcmul(bias, x.to(weight.dtype), weight).to(x.dtype)
         return _finish(y, residual, self.activation)
@@ -139,10 +139,11 @@ class Weights:
     def write(self) -> bool:
         """Make them the layer's Parameters, rounded once to its dtype; whether they are finite there."""
         layer = self._layer
-        for name in ("weight", "bias"):
-            if parametrize.is_parametrized(layer, name):
-                parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
         weight, trains = layer.weight.detach(), layer.weight.requires_grad
+        if parametrize.is_parametrized(layer):
+            # Not by remove_parametrizations: that changes the class, which layers copied from this share.
+            layer.__class__ = parametrize.type_before_parametrizations(layer)
+            del layer.parametrizations
         folded = torch.empty_like(weight).copy_(self._weight.flatten(0, 1))
         layer.weight = nn.Parameter(folded, trains)
         layer.bias = nn.Parameter(self._bias.to(weight.dtype), trains)

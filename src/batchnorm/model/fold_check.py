@@ -29,6 +29,14 @@ def as_arguments(example: Any) -> Example:
     return (tuple(example) if type(example) is tuple else (example,)), {}
 
 
+@contextmanager
+def keep_random_state(model: nn.Module) -> Iterator[None]:
+    """Afterwards the random number generators of `model`'s devices are as before."""
+    devices = {tensor.get_device() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+    with torch.random.fork_rng(sorted(devices)):
+        yield
+
+
 def copy_of(model: nn.Module) -> nn.Module:
     """A deep copy without gradients, and of tensors that a graph computed (weight_norm's) the values."""
     memo: dict[int, Any] = {}
@@ -69,12 +77,14 @@ class EvalSyncBatchNorm(nn.SyncBatchNorm):
 def run(model: nn.Module, example: Example) -> Any:
     """The output of `model`, without gradients, of a copy of `example` and always the same random numbers.
 
+    The caller keeps the state of the random number generators.
+
     Raises:
         ValueError: the forward failed; the message names the innermost layer that did.
     """
     args, kwargs = tree_map(_clone, example)
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
+    torch.manual_seed(0)
+    with torch.no_grad():
         try:
             return model(*args, **kwargs)
         except Exception as error:  # the user's code may raise anything

@@ -143,7 +143,8 @@ class Graphs:
             for user in value.users:
                 if user.op == "output":
                     return [], "its output is that of the traced module"
-                if _input(user) is not value or _times_read(user, value) > 1:
+                layer = self._module.get(user)
+                if layer is not None and (_input(user) is not value or _times_read(user, value) > 1):
                     return [], f"{self.describe(user)} reads its output as more than its input"
                 if self._passes_on(user):
                     todo.append((user, flattened))
