@@ -68,7 +68,7 @@ def fold(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> nn.Modul
     then run on `example` in float64 and must agree.
 
     Args:
-        model: left as it is; may be in training mode.
+        model: left as it is; may be in training mode. Of a compiled model the module inside is folded.
         example: an input of the model: a tensor, a tuple of positional arguments or a dict of keyword
             arguments (a model whose only argument is a tuple or dict takes `(argument,)`).
         tolerance: largest difference allowed between model and copy, both in float64, relative to the
@@ -83,6 +83,8 @@ def fold(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> nn.Modul
             shift is not finite, an example that the model does not take, or outputs that differ; the message
             names the layers.
     """
+    # What torch.compile returns would compile each copy; it is a wrapper of the model's own module.
+    model = getattr(model, "_orig_mod", model)
     _check_model(model)
     if not tolerance > 0:
         raise ValueError(f"fold: tolerance must be above 0, got {tolerance}")
@@ -126,8 +128,11 @@ def _run_recording(model: nn.Module, arguments: check.Example) -> tuple[Any, dic
             f"fold: the model does not take the example, {_shapes(arguments)}; it failed {error}. Give an "
             "input as in deployment: a tensor, a tuple of positional or a dict of keyword arguments"
         ) from error
-    if not any(True for _ in check.tensors(output)):
-        raise ValueError(f"fold: {type(model).__name__} returned no tensor that could be compared")
+    if not any(tensor.isfinite().any() for tensor in check.tensors(output)):
+        raise ValueError(
+            f"fold: {type(model).__name__} returned no tensor with a finite value that could be compared: "
+            "give an example like the inputs in deployment"
+        )
     return output[0], calls
 
 

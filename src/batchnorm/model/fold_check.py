@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -100,7 +101,9 @@ def run_float64(model: nn.Module, example: Example) -> Any:
 
 def to_float64(model: nn.Module) -> nn.Module:
     """Change all tensors of `model` to float64, or complex128."""
-    model._apply(_double)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # copies of what torch.jit made have Parameters that are no leaves
+        model._apply(_double)
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, Tensor):
