@@ -2,9 +2,7 @@
 
 import copy
 import dataclasses
-import importlib.util
 import pickle
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,20 +23,7 @@ from batchnorm.lab.nets import LeNet
 from batchnorm.model import FoldReport, fold
 from batchnorm.model.fold_arithmetic import MultiplyAdd, ResidualActivation
 from batchnorm.model.fold_check import runnable_copy, tensors
-
-
-def _zoo() -> Any:
-    # The tests are no package, so that their modules are not found by name.
-    spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-zoo = _zoo()
+from tests.model.zoo import ZOO, build
 
 
 @pytest.fixture(autouse=True)
@@ -103,9 +88,9 @@ def reasons(folded: nn.Module) -> str:
 # The zoo.
 
 
-@pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.parametrize("name", ZOO)
 def test_the_zoo(name: str) -> None:
-    model, inputs = zoo.build(name)
+    model, inputs = build(name)
     folded = checked(model, inputs)
     report = folded.fold_report
     assert report.error <= 1e-5
@@ -118,7 +103,7 @@ def test_the_zoo(name: str) -> None:
 def test_most_of_the_zoo_is_folded_into_weights() -> None:
     counts = {"folded": 0, "others": 0}
     for name in ("resnet basic", "vgg", "mobilenet v2", "u-net", "efficientnet", "dcgan generator", "lenet"):
-        report = fold(*zoo.build(name)).fold_report
+        report = fold(*build(name)).fold_report
         counts["folded"] += len(report.folded)
         counts["others"] += len(report.multiply_adds) + len(report.left_alone)
     assert counts["others"] == 0

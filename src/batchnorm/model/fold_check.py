@@ -33,9 +33,20 @@ def as_arguments(example: Any) -> Example:
 @contextmanager
 def keep_random_state(model: nn.Module) -> Iterator[None]:
     """Afterwards the random number generators of `model`'s devices are as before."""
-    devices = {tensor.get_device() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-    with torch.random.fork_rng(sorted(devices)):
+    with torch.random.fork_rng(_gpus(model)):
         yield
+
+
+def _seed(model: nn.Module) -> None:
+    # Not torch.manual_seed, which seeds the devices that nobody asked for too.
+    torch.random.default_generator.manual_seed(0)
+    for index in _gpus(model):
+        torch.cuda.default_generators[index].manual_seed(0)
+
+
+def _gpus(model: nn.Module) -> list[int]:
+    tensors = (*model.parameters(), *model.buffers())
+    return sorted({tensor.get_device() for tensor in tensors if tensor.is_cuda})
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -84,7 +95,7 @@ def run(model: nn.Module, example: Example) -> Any:
         ValueError: the forward failed; the message names the innermost layer that did.
     """
     args, kwargs = tree_map(_clone, example)
-    torch.manual_seed(0)
+    _seed(model)
     with torch.no_grad():
         try:
             return model(*args, **kwargs)
