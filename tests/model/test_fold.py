@@ -862,6 +862,52 @@ def test_arguments_that_choose_a_path_are_listed() -> None:
     assert "for these arguments only" in str(folded.fold_report)
 
 
+class Masked(nn.Module):
+    """Without a mask, the second branch reads what is between the linear layer and its batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.fc(x)
+        if mask is None:
+            return self.norm(y) + y
+        return self.norm(y) * mask
+
+
+def test_the_path_of_an_argument_that_is_none() -> None:
+    folded = checked(seasoned(Masked()), torch.randn(4, 3))
+    assert "the output of Linear 'fc' is used elsewhere too" in reasons(folded)
+    assert folded.fold_report.assumed == ("Masked: mask=None",)
+    folded = checked(seasoned(Masked()), (torch.randn(4, 3), torch.rand(3)))
+    assert into(folded) == [("norm", "fc")]
+    assert folded.fold_report.assumed == ()
+
+
+def test_an_argument_that_decides_nothing_is_not_listed() -> None:
+    assert checked(seasoned(Residual()), torch.randn(2, 3, 4, 4)).fold_report.assumed == ()
+
+
+class ReadsStatistics(nn.Module):
+    """A forward with control flow by values that reads a batch norm's buffers, which tracing cannot see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) if x.sum() == 0 else self.norm(x) - self.norm.running_mean
+
+
+def test_a_forward_that_reads_what_is_gone() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"the folded copy does not run .* in MultiplyAdd 'norm': AttributeError: .*running_mean",
+    ):
+        fold(seasoned(ReadsStatistics()), torch.randn(4, 3))
+
+
 # Inputs and outputs.
 
 
@@ -1046,6 +1092,14 @@ def test_export(everything: tuple[nn.Module, Tensor]) -> None:
     assert program.module()(torch.randn(5, 3, 6, 6)).shape == (5, 4)
 
 
+@pytest.mark.parametrize("name", ["resnet basic", "u-net", "shared conv"])
+def test_export_of_the_zoo(name: str) -> None:
+    model, inputs = build(name)
+    folded = fold(model, inputs)
+    got = torch.export.export(folded, inputs).module()(*inputs)
+    assert_close([*tensors(got)], [*tensors(folded(*inputs))])
+
+
 def test_compile(everything: tuple[nn.Module, Tensor]) -> None:
     folded, x = everything
     compiled = torch.compile(folded, backend="eager", fullgraph=True)
@@ -1071,9 +1125,13 @@ def test_onnx_export(everything: tuple[nn.Module, Tensor], tmp_path: Path) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(folded, (x,), tmp_path / "folded.onnx", dynamo=True, verbose=False)
-    operators = {node.op_type for node in onnx.load(tmp_path / "folded.onnx").graph.node}
+    written = onnx.load(tmp_path / "folded.onnx")
+    operators = {node.op_type for node in written.graph.node}
     assert "Conv" in operators
     assert "BatchNormalization" not in operators
+    evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator(written)
+    (output,) = evaluator.run(None, {written.graph.input[0].name: x.numpy()})
+    assert_close(torch.from_numpy(output), folded(x), rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_flow_through_the_copy(everything: tuple[nn.Module, Tensor]) -> None:

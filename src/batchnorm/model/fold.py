@@ -57,7 +57,8 @@ def fold(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> nn.Modul
     stay. Layers with hooks, and batch norms without running statistics, are left alone; weights
     with parametrizations (torch.nn.utils.parametrize) that are folded into lose them, with their value. A
     model that torch.fx cannot trace is folded in the parts that it can; the neighbours in an `nn.Sequential`
-    are always seen.
+    are always seen. Where flags or missing arguments choose a path through a forward, that of the example is
+    taken, and the report says so.
 
     The copy is of the model's own class, with the same submodules under the same names: folded layers have
     new weights and a bias, batch norms are `nn.Identity`, an activation or a multiply-add. It can be saved,

@@ -226,24 +226,27 @@ class Graphs:
                 self.functional.append(node)
 
     def _trace(self, module: nn.Module) -> tuple[fx.Graph | None, str]:
-        """The graph of `module`, at first for any arguments, then for the constants of the example."""
+        """The graph of `module`, for any arguments if it has one, else for the constants of the example."""
         if isinstance(module, torch.jit.ScriptModule):
             return None, "it is compiled by torch.jit"
-        constants = self.calls[module].constants
-        error = ""
-        for concrete in (None, constants):
-            if concrete or concrete is None:
-                try:
-                    with warnings.catch_warnings(), torch.no_grad():
-                        warnings.simplefilter("ignore")
-                        graph = _Tracer(self._is_leaf).trace(module, concrete)
-                except Exception as failure:  # whatever the user's code raises when it is given proxies
-                    error = error or _first_line(failure)
-                else:
-                    if concrete:
-                        self.assumed[module] = concrete
-                    return graph, ""
-        return None, error
+        graph, error = self._trace_for(module, None)
+        constants = self.calls[module].constants or {}
+        if graph is not None:
+            # A proxy is never None, so the path of an argument that is None has to be asked for.
+            constants = {name: value for name, value in constants.items() if value is None}
+        special = self._trace_for(module, constants)[0] if constants else None
+        if special is None or (graph is not None and _operations(special) == _operations(graph)):
+            return graph, error
+        self.assumed[module] = constants
+        return special, ""
+
+    def _trace_for(self, module: nn.Module, constants: dict[str, Any] | None) -> tuple[fx.Graph | None, str]:
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                return _Tracer(self._is_leaf).trace(module, constants), ""
+        except Exception as failure:  # whatever the user's code raises when it is given proxies
+            return None, _first_line(failure)
 
     def _is_leaf(self, module: nn.Module) -> bool:
         return module in self.errors or module in self._hooked or self._is_layer(module)
@@ -298,6 +301,15 @@ def has_hooks(module: nn.Module) -> bool:
 def describe(module: nn.Module, name: str) -> str:
     """Class and qualified name."""
     return f"{type(module).__name__} {name!r}" if name else type(module).__name__
+
+
+def _operations(graph: fx.Graph) -> list[tuple[str, Any]]:
+    """What `graph` does, but for the checks of constant arguments that tracing for them adds."""
+    return [
+        (node.op, node.target)
+        for node in graph.nodes
+        if node.op != "placeholder" and not getattr(node.target, "__name__", "").startswith("_assert")
+    ]
 
 
 def _first_line(error: Exception) -> str:
