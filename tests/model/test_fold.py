@@ -316,6 +316,61 @@ def test_not_through_other_flattens() -> None:
     assert "channels in another dimension" in reasons(checked(seasoned(model), torch.randn(4, 2, 3)))
 
 
+class Reordering(nn.Module):
+    """Batch norm over the features of a sequence (N, L, F), between transposes."""
+
+    def __init__(self, before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before, self.after = before, after
+        self.fc, self.norm, self.last = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)
+        self.activation = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.after(self.norm(self.before(self.activation(self.fc(x))))))
+
+
+REORDERINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transpose": lambda x: x.transpose(1, 2),
+    "negative": lambda x: x.transpose(-1, -2),
+    "function": lambda x: torch.transpose(x, 1, 2),
+    "permute": lambda x: x.permute(0, 2, 1),
+    "three": lambda x: x.transpose(0, 1).permute(1, 2, 0).contiguous(),
+}
+
+
+@pytest.mark.parametrize("how", REORDERINGS.values(), ids=REORDERINGS)
+def test_through_a_reordering_of_dimensions(how: Callable[[Tensor], Tensor]) -> None:
+    model = seasoned(Reordering(how, lambda x: x.transpose(1, 2)))
+    assert into(checked(model, torch.randn(2, 5, 4))) == [("norm", "fc")]
+    model.activation = nn.ReLU()
+    assert into(checked(model, torch.randn(2, 5, 4))) == [("norm", "last")]
+    model = seasoned(Reordering(lambda x: x.transpose(1, 2), how))
+    model.activation = nn.ReLU()
+    assert into(checked(model, torch.randn(2, 5, 4))) == [("norm", "last")]
+
+
+@pytest.mark.parametrize(
+    "how", [lambda x: x, lambda x: x.transpose(1, 2).transpose(1, 2), lambda x: x.permute(2, 1, 0)]
+)
+def test_a_reordering_that_moves_channels_away(how: Callable[[Tensor], Tensor]) -> None:
+    folded = checked(seasoned(Reordering(how, lambda x: x)), torch.randn(6, 6, 4))
+    assert "Linear 'fc' has its channels in another dimension" in reasons(folded)
+    assert "Linear 'last' has its channels in another dimension" in reasons(folded)
+
+
+@settings(max_examples=30, deadline=None)
+@given(before=st.permutations(range(4)), after=st.permutations(range(4)), relu=st.booleans())
+def test_any_reordering(before: list[int], after: list[int], relu: bool) -> None:
+    """All sizes are the same, so that only the check could tell a wrong dimension."""
+    torch.manual_seed(0)
+    model = Reordering(lambda x: x.permute(*before), lambda x: x.permute(*after))
+    model.fc, model.norm, model.last = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Linear(3, 3)
+    model.activation = nn.ReLU() if relu else nn.Identity()
+    folded = checked(seasoned(model), torch.randn(3, 3, 3, 3))
+    wanted = "fc" if not relu and before[1] == 1 else "last" if after[3] == 1 else ""
+    assert [target for _, target in into(folded)] == ([wanted] if wanted else [])
+
+
 class Branches(nn.Module):
     """A batch norm that several layers read, as queries and keys do."""
 

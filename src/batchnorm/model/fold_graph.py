@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-_Path = tuple[fx.Node, bool]
+# A node, and the reorderings of dimensions and flattens on the way to it.
+Path = tuple[fx.Node, tuple[fx.Node, ...]]
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -118,8 +119,9 @@ class Graphs:
         """Whether the example called `module` more or less often than the traced parts say."""
         return self.calls[module].count != self._expected[module]
 
-    def source(self, node: fx.Node) -> tuple[fx.Node | None, str]:
-        """What `node` reads, past what passes it on unchanged, or None and why not."""
+    def source(self, node: fx.Node) -> tuple[Path | None, str]:
+        """What `node` reads, past what passes its values on unchanged, or None and why not."""
+        moves: tuple[fx.Node, ...] = ()
         value = _input(node)
         if isinstance(value, fx.Node) and _times_read(node, value) > 1:
             return None, "its input is its residual too"
@@ -128,16 +130,18 @@ class Graphs:
                 return None, "its input is not in the graph"
             if len(value.users) > 1:
                 return None, f"the output of {self.describe(value)} is used elsewhere too"
-            if not self._passes_on(value):
-                return value, ""
+            if _reorders(value):
+                moves = (*moves, value)
+            elif not self._passes_on(value):
+                return (value, moves), ""
             value = _input(value)
 
-    def readers(self, node: fx.Node) -> tuple[list[_Path], str]:
-        """All calls that read `node`, past what passes it on unchanged; True with those behind a flatten."""
-        found: list[_Path] = []
-        todo: list[_Path] = [(node, False)]
+    def readers(self, node: fx.Node) -> tuple[list[Path], str]:
+        """All calls that read `node`, past what passes its values on unchanged, or none and why not."""
+        found: list[Path] = []
+        todo: list[Path] = [(node, ())]
         while todo:
-            value, flattened = todo.pop()
+            value, moves = todo.pop()
             if not value.users:
                 return [], "nothing reads its output"
             for user in value.users:
@@ -147,11 +151,11 @@ class Graphs:
                 if layer is not None and (_input(user) is not value or _times_read(user, value) > 1):
                     return [], f"{self.describe(user)} reads its output as more than its input"
                 if self._passes_on(user):
-                    todo.append((user, flattened))
-                elif self._flattens(user):
-                    todo.append((user, True))
+                    todo.append((user, moves))
+                elif _reorders(user) or self.flattens(user):
+                    todo.append((user, (*moves, user)))
                 else:
-                    found.append((user, flattened))
+                    found.append((user, moves))
         return found, ""
 
     def describe(self, node: fx.Node) -> str:
@@ -175,7 +179,8 @@ class Graphs:
             return node.kwargs.get("training") is False
         return node.op == "call_method" and node.target == "contiguous"
 
-    def _flattens(self, node: fx.Node) -> bool:
+    def flattens(self, node: fx.Node) -> bool:
+        """Whether `node` makes all dimensions but the first one."""
         module = self._module.get(node)
         if module is not None:
             whole = isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
@@ -326,6 +331,33 @@ def _input(node: fx.Node) -> Any:
     if node.args:
         return node.args[0]
     return next((node.kwargs[name] for name in ("input", "x") if name in node.kwargs), None)
+
+
+def _reorders(node: fx.Node) -> bool:
+    """Whether `node` is a transpose or permute by constants."""
+    kind = _REORDERINGS.get((node.op, node.target))
+    dims = node.args[1:]
+    return (
+        kind is not None and not node.kwargs and all(isinstance(dim, int) for dim in dims) and len(dims) > 1
+    )
+
+
+def moved(dim: int, rank: int, node: fx.Node, *, backwards: bool) -> int:
+    """Where reordering `node` puts dimension `dim` of its input; `backwards`, of its output in its input."""
+    dims = [int(arg) % rank for arg in node.args[1:]]  # type: ignore[arg-type]
+    order = list(range(rank))
+    if _REORDERINGS[node.op, node.target] == "permute":
+        order = dims
+    else:
+        order[dims[0]], order[dims[1]] = order[dims[1]], order[dims[0]]
+    return order[dim] if backwards else order.index(dim)
+
+
+_REORDERINGS: dict[tuple[str, Any], str] = {
+    ("call_method", "permute"): "permute",
+    ("call_method", "transpose"): "transpose",
+    ("call_function", torch.transpose): "transpose",
+}
 
 
 def _times_read(node: fx.Node, value: fx.Node) -> int:

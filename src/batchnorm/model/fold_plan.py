@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm import layers
 from batchnorm.model.fold_arithmetic import Affine, MultiplyAdd, ResidualActivation, shift_meets_zeros
 from batchnorm.model.fold_check import EvalSyncBatchNorm
-from batchnorm.model.fold_graph import Graphs, describe, has_hooks, inherits_forward
+from batchnorm.model.fold_graph import Graphs, Path, describe, has_hooks, inherits_forward, moved
 from batchnorm.model.fold_report import Folded, NotFolded
 
 _FORWARDS = (
@@ -171,17 +170,17 @@ class Planner:
         graphs = self._graphs
         if not graphs.nodes[norm] or graphs.called_elsewhere(norm):
             return [], "its calls are not all in a traced graph"
-        found: dict[nn.Module, set[Any]] = {}
+        found: dict[nn.Module, list[Path]] = {}
         for node in graphs.nodes[norm]:
-            source, reason = graphs.source(node)
-            if source is None:
+            path, reason = graphs.source(node)
+            if path is None:
                 return [], reason
-            target = graphs.module(source)
+            target = graphs.module(path[0])
             if target is None or not inherits_forward(target):
-                return [], f"it follows {graphs.describe(source)}"
-            found.setdefault(target, set()).add(source)
-        for target, calls in found.items():
-            reason = self._why_not(norm, target, calls)
+                return [], f"it follows {graphs.describe(path[0])}"
+            found.setdefault(target, []).append(path)
+        for target, paths in found.items():
+            reason = self._why_not(norm, target, paths, backwards=True)
             if reason:
                 return [], reason
         return list(found), ""
@@ -193,32 +192,30 @@ class Planner:
             return [], "an activation or a residual follows"
         if not graphs.nodes[norm] or graphs.called_elsewhere(norm):
             return [], "what follows is not in a traced graph"
-        found: dict[nn.Module, dict[Any, bool]] = {}
+        found: dict[nn.Module, list[Path]] = {}
         for node in graphs.nodes[norm]:
             readers, reason = graphs.readers(node)
             if reason:
                 return [], reason
-            for reader, flattened in readers:
-                target = graphs.module(reader)
+            for path in readers:
+                target = graphs.module(path[0])
                 if target is None or not (inherits_forward(target) or isinstance(target, _BatchNorm)):
-                    return [], f"{graphs.describe(reader)} follows"
-                found.setdefault(target, {})[reader] = flattened
-        for target, calls in found.items():
-            reason = self._why_not(norm, target, set(calls), set(calls.values()))
+                    return [], f"{graphs.describe(path[0])} follows"
+                found.setdefault(target, []).append(path)
+        for target, paths in found.items():
+            reason = self._why_not(norm, target, paths, backwards=False)
             if not reason and shift_meets_zeros(target) and self._affines[norm].shift.any():
                 reason = f"its shift does not go through the zero padding of {self._describe(target)}"
             if reason:
                 return [], reason
         return list(found), ""
 
-    def _why_not(
-        self, norm: _BatchNorm, target: nn.Module, calls: set[Any], flattened: Iterable[bool] = (False,)
-    ) -> str:
-        """Why `norm` cannot go into `target`, or nothing; `calls` are those that it is next to."""
+    def _why_not(self, norm: _BatchNorm, target: nn.Module, paths: list[Path], *, backwards: bool) -> str:
+        """Why `norm` cannot go into `target`, or nothing; `paths` lead to the calls that it is next to."""
         graphs, what = self._graphs, self._describe(target)
         if isinstance(target, _BatchNorm) and (target in self._done or self._why_fixed(target)):
             return f"{what} is left alone"
-        if calls != set(graphs.nodes[target]):
+        if {node for node, _ in paths} != set(graphs.nodes[target]):
             return f"{what} is used elsewhere too"
         if graphs.called_elsewhere(target):
             return f"{what} is called outside of the traced graph too"
@@ -227,11 +224,20 @@ class Planner:
         if graphs.reads_tensors_of(target):
             return f"the weights of {what} are used elsewhere in the forward too"
         ranks = {len(shape) for shape in graphs.calls[norm].shapes}
-        if any(flattened):
-            fits = all(flattened) and isinstance(target, nn.Linear) and _channels(norm, max(ranks)) == 1
-        else:
-            fits = all(_channels(norm, rank) == _channels(target, rank) for rank in ranks)
+        fits = all(self._fits(norm, target, moves, rank, backwards) for rank in ranks for _, moves in paths)
         return "" if fits else f"{what} has its channels in another dimension"
+
+    def _fits(
+        self, norm: _BatchNorm, target: nn.Module, moves: tuple[Any, ...], rank: int, backwards: bool
+    ) -> bool:
+        """Whether the channels of `norm` are those of `target` once `moves` are followed."""
+        dim = _channels(norm, rank)
+        for node in moves:
+            if self._graphs.flattens(node):
+                # Then a channel is so many features in a row; behind that, nothing else may move.
+                return dim == 1 and node is moves[-1] and isinstance(target, nn.Linear)
+            dim = moved(dim, rank, node, backwards=backwards)
+        return dim == _channels(target, rank)
 
     def _describe(self, module: nn.Module) -> str:
         return describe(module, self._graphs.names[module])
