@@ -62,7 +62,7 @@ def call(
         hint = "" if forward else ". Does the model take something else? Pass forward=lambda model, batch: ..."
         raise type(error)(
             f"{verb}: {_failed_in(model, error.__traceback__)} failed on {where} ({shape_of(batch)}): "
-            f"{error}{hint}"
+            f"{str(error).strip()}{hint}"
         ) from error
 
 

@@ -100,6 +100,11 @@ def recalibrate(
                 done.add(layer)
             if done.issuperset(seen):
                 break
+        if not done:
+            raise ValueError(
+                "recalibrate: no data reached any batch norm of the model: do the batches have samples, and "
+                "does the model call its batch norms?"
+            )
     missed = [quoted(layer, name) for layer, name in names.items() if layer not in done]
     if missed:
         warnings.warn(
@@ -305,11 +310,6 @@ def _merged(watch: _Watch, run: Callable[[], int], group: Any) -> dict[_BatchNor
         batches, seen = _gathered(watch, run, group)
     if batches == 0:
         raise ValueError("recalibrate: the loader is empty: without a batch there are no statistics")
-    if not seen:
-        raise ValueError(
-            "recalibrate: no data reached any batch norm of the model: do the batches have samples, and does "
-            "the model call its batch norms?"
-        )
     return dict(sorted(seen.items(), key=lambda item: item[1].position))
 
 
