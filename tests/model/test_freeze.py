@@ -309,7 +309,11 @@ def test_layers_without_statistics_or_affine_are_left_alone() -> None:
         (nn.Linear(C, C), {}, "no batch norm in Linear"),
         (nn.BatchNorm1d(C, track_running_stats=False), {}, "no running statistics to freeze"),
         (nn.BatchNorm1d(C, affine=False), {"statistics": False, "affine": True}, "no weight and bias"),
-        (nn.Sequential(nn.BatchNorm1d(C), nn.LazyBatchNorm1d()), {}, r"LazyBatchNorm1d '1' has no parameters"),
+        (
+            nn.Sequential(nn.BatchNorm1d(C), nn.LazyBatchNorm1d()),
+            {},
+            r"LazyBatchNorm1d '1' has no parameters",
+        ),
         (nn.Sequential(bn.BatchNorm1d(C), bn.LazyBatchNorm1d()), {"affine": True}, "LazyBatchNorm1d '1'"),
     ],
     ids=range(6),

@@ -601,9 +601,7 @@ class TestFailures:
     def sequential(self, request: pytest.FixtureRequest) -> bool:
         return request.param
 
-    def fails(
-        self, model: nn.Module, loader: Any, error: Any, match: str | None, **options: Any
-    ) -> None:
+    def fails(self, model: nn.Module, loader: Any, error: Any, match: str | None, **options: Any) -> None:
         before, flags = state(model), inside(model)
         with pytest.raises(error, match=match):
             recalibrate(model, loader, **options)
@@ -615,9 +613,7 @@ class TestFailures:
         self.fails(model, [], ValueError, "loader is empty", sequential=sequential)
 
     def test_batches_without_samples(self, model: nn.Module, sequential: bool) -> None:
-        self.fails(
-            model, [torch.empty(0, 1, 6, 6)], ValueError, "no data reached any", sequential=sequential
-        )
+        self.fails(model, [torch.empty(0, 1, 6, 6)], ValueError, "no data reached any", sequential=sequential)
 
     def test_a_loader_that_raises(self, model: nn.Module, sequential: bool) -> None:
         class Raises:
@@ -689,9 +685,7 @@ class TestFailures:
         self.fails(model, [torch.randn(1, C)], ValueError, r"'1' .*too few values", sequential=True)
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-    def test_statistics_that_are_not_finite(
-        self, model: nn.Module, value: float, sequential: bool
-    ) -> None:
+    def test_statistics_that_are_not_finite(self, model: nn.Module, value: float, sequential: bool) -> None:
         bad = images()
         bad[3, 0, 2, 2] = value
         message = r"mean of the inputs of BatchNorm2d '1' is not finite"

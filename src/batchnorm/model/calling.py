@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -59,7 +60,7 @@ def call(
     except (TypeError, ValueError, RuntimeError) as error:
         if type(error) not in (TypeError, ValueError, RuntimeError):
             raise  # out of memory and the like: not about the batch, and told apart by its class
-        hint = "" if forward else ". Does the model take something else? Pass forward=lambda model, batch: ..."
+        hint = "" if forward else ". If the model takes something else, pass forward=lambda model, batch: ..."
         raise type(error)(
             f"{verb}: {_failed_in(model, error.__traceback__)} failed on {where} ({shape_of(batch)}): "
             f"{str(error).strip()}{hint}"
@@ -93,9 +94,7 @@ def to_device(batch: Any, device: torch.device | None) -> Any:
 
 
 def _device(model: nn.Module) -> torch.device | None:
-    tensor = next(model.parameters(), None)
-    if tensor is None:
-        tensor = next(model.buffers(), None)
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
     return None if tensor is None else tensor.device
 
 

@@ -37,7 +37,7 @@ def check_model(model: Any, verb: str) -> None:
 def check_initialized(model: nn.Module, verb: str) -> None:
     """Raise ValueError when a lazy module of `model` has not seen its first input yet."""
     for name, module in model.named_modules():
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+        if isinstance(module, LazyModuleMixin) and LazyModuleMixin.has_uninitialized_params(module):
             raise ValueError(
                 f"{verb}: {quoted(module, name)} has no parameters yet: run one batch through the model first"
             )

@@ -36,9 +36,9 @@ def recalibrate(
     """Set the running statistics of every batch norm to those of the whole data: precise batch norm.
 
     `running_mean = sum(x) / n` and `running_var = sum((x - running_mean)**2) / (n - correction)` over all
-    the n values per channel that a layer is given, each batch weighted by its values, in float64 (Wu & Johnson
-    2021, Rethinking "Batch" in BatchNorm, section 3; merged by Chan, Golub & LeVeque 1979). `correction` is
-    the layer's own, 1 (unbiased) for torch.nn's.
+    the n values per channel that a layer is given, each batch weighted by its values, in float64 (Wu &
+    Johnson 2021, Rethinking "Batch" in BatchNorm, section 3; merged by Chan, Golub & LeVeque 1979).
+    `correction` is the layer's own, 1 (unbiased) for torch.nn's.
 
     For weights that the running average does not belong to: after training with small batches or a high
     learning rate, after averaging weights (EMA, SWA) or pruning. Meanwhile everything but the batch norms,
@@ -55,10 +55,10 @@ def recalibrate(
 
     Args:
         model: `running_mean`, `running_var` and `num_batches_tracked` are written in place; the latter
-            becomes the number of batches in the new statistics. Left alone: frozen layers (`bn.freeze`) and those
-            without running statistics, which normalise as they do in eval mode; and with a warning those
-            that the data never reached. DistributedDataParallel and DataParallel are called without their
-            wrapper, compiled models uncompiled.
+            becomes the number of batches in the new statistics. Left alone: frozen layers (`bn.freeze`) and
+            those without running statistics, which normalise as they do in eval mode; and with a warning
+            those that the data never reached. DistributedDataParallel and DataParallel are called without
+            their wrapper, compiled models uncompiled.
         loader: batches, moved to the device of the model's first parameter. A tensor is `model(batch)`, a
             mapping `model(**batch)`; a tuple or list `(inputs, ...)`, as a DataLoader gives it, is called on
             its first element, which may itself be a mapping or a tuple of positional arguments.
@@ -115,7 +115,7 @@ def recalibrate(
 
 
 class _Seen(NamedTuple):
-    """What a layer was given in a pass: how many times, what, and which layer it was in order of execution."""
+    """What a layer was given in a pass: how often, what, and which layer it was in order of execution."""
 
     times: int
     moments: Moments
@@ -139,7 +139,9 @@ def _layers_to_estimate(model: nn.Module) -> dict[str, _BatchNorm]:
 
 def _check_group(group: Any) -> None:
     if group is not None and torch.distributed.get_rank(group) < 0:
-        raise ValueError("recalibrate: this process is not in the group: call it in the group's processes only")
+        raise ValueError(
+            "recalibrate: this process is not in the group: call it in the group's processes only"
+        )
 
 
 @contextmanager
@@ -164,7 +166,9 @@ class _Batches:
 
     def __init__(self, loader: Any, max_batches: int | None, progress: bool, again: bool) -> None:
         if max_batches is not None and (type(max_batches) is not int or max_batches < 1):
-            raise ValueError(f"recalibrate: max_batches={max_batches!r} must be a whole number, 1 or more, or None")
+            raise ValueError(
+                f"recalibrate: max_batches={max_batches!r} must be a whole number, 1 or more, or None"
+            )
         if isinstance(loader, Tensor | str | dict | nn.Module) or not hasattr(loader, "__iter__"):
             raise TypeError(
                 f"recalibrate: expected an iterable of batches such as a DataLoader, got "
@@ -248,9 +252,7 @@ class _Watch:
         if before is None:
             self.seen[layer] = _Seen(1, moments, len(self.seen))
         else:
-            self.seen[layer] = before._replace(
-                times=before.times + 1, moments=before.moments.merge(moments)
-            )
+            self.seen[layer] = before._replace(times=before.times + 1, moments=before.moments.merge(moments))
 
     def _check_values(self, layer: _BatchNorm, x: Tensor, mask: Tensor | None, channel_dim: int) -> None:
         if self.one_value_is_enough:
@@ -371,7 +373,7 @@ def _write(layer: _BatchNorm, name: str, seen: _Seen) -> None:
     if bool((seen.moments.count <= correction).any()):
         raise ValueError(
             f"recalibrate: {quoted(layer, name)} was given too few values per channel in all the data "
-            f"({seen.moments.count.min().item():g}) for a variance with correction {correction:g}: give more data"
+            f"({seen.moments.count.min().item():g}) for a variance with correction {correction:g}: give it more"
         )
     new_mean, new_var = seen.moments.mean.to(mean.dtype), seen.moments.var(correction).to(var.dtype)
     for what, value in (("mean", new_mean), ("variance", new_var)):
@@ -379,7 +381,7 @@ def _write(layer: _BatchNorm, name: str, seen: _Seen) -> None:
             raise ValueError(
                 f"recalibrate: the {what} of the inputs of {quoted(layer, name)} is not finite (in "
                 f"{str(value.dtype).removeprefix('torch.')}), for {int((~torch.isfinite(value)).sum())} of "
-                f"{layer.num_features} channels: look for inf or NaN in the data, or weights that have diverged"
+                f"{layer.num_features} channels: look for inf or NaN in the data, or diverged weights"
             )
     mean.copy_(new_mean)
     var.copy_(new_var)
