@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -72,17 +72,21 @@ def absorb_bias(
         called = _Called(pairs)
         with called:
             before = run()
-        pairs = [pair for pair in pairs if called.one_after_the_other(*pair)]
-        saved = [(layer.bias.clone(), norm.running_mean.clone()) for layer, norm in pairs]  # type: ignore[operator, union-attr]
+        moves = [
+            (cast(Tensor, layer.bias), cast(Tensor, norm.running_mean))
+            for layer, norm in pairs
+            if called.one_after_the_other(layer, norm)
+        ]
+        saved = [(bias.clone(), mean.clone()) for bias, mean in moves]
         try:
-            for layer, norm in pairs:
-                norm.running_mean -= layer.bias.to(norm.running_mean.dtype)  # type: ignore[union-attr, operator]
-                layer.bias.zero_()  # type: ignore[operator, union-attr]
+            for bias, mean in moves:
+                mean.sub_(bias)
+                bias.zero_()
             _check_same(before, run())
         except BaseException:
-            for (layer, norm), (bias, mean) in zip(pairs, saved, strict=True):
-                layer.bias.copy_(bias)  # type: ignore[operator, union-attr]
-                norm.running_mean.copy_(mean)  # type: ignore[union-attr]
+            for tensors, values in zip(moves, saved, strict=True):
+                for tensor, value in zip(tensors, values, strict=True):
+                    tensor.copy_(value)
             raise
     return model
 

@@ -36,8 +36,9 @@ def check_model(model: Any, verb: str) -> None:
 
 def check_initialized(model: nn.Module, verb: str) -> None:
     """Raise ValueError when a lazy module of `model` has not seen its first input yet."""
+    module: Any  # LazyModuleMixin is no nn.Module to a type checker
     for name, module in model.named_modules():
-        if isinstance(module, LazyModuleMixin) and LazyModuleMixin.has_uninitialized_params(module):
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
             raise ValueError(
                 f"{verb}: {quoted(module, name)} has no parameters yet: run one batch through the model first"
             )

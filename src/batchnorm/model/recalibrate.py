@@ -372,8 +372,9 @@ def _write(layer: _BatchNorm, name: str, seen: _Seen) -> None:
     correction = getattr(layer, "correction", 1)
     if bool((seen.moments.count <= correction).any()):
         raise ValueError(
-            f"recalibrate: {quoted(layer, name)} was given too few values per channel in all the data "
-            f"({seen.moments.count.min().item():g}) for a variance with correction {correction:g}: give it more"
+            f"recalibrate: {quoted(layer, name)} was given too few values per channel "
+            f"({seen.moments.count.min().item():g} in all the data) for a variance with correction "
+            f"{correction:g}: give more data"
         )
     new_mean, new_var = seen.moments.mean.to(mean.dtype), seen.moments.var(correction).to(var.dtype)
     for what, value in (("mean", new_mean), ("variance", new_var)):
