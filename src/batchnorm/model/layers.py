@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 
 def batch_norms(model: nn.Module, verb: str) -> dict[str, _BatchNorm]:
@@ -36,9 +36,8 @@ def check_model(model: Any, verb: str) -> None:
 
 def check_initialized(model: nn.Module, verb: str) -> None:
     """Raise ValueError when a lazy module of `model` has not seen its first input yet."""
-    module: Any  # LazyModuleMixin is no nn.Module to a type checker
     for name, module in model.named_modules():
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
             raise ValueError(
                 f"{verb}: {quoted(module, name)} has no parameters yet: run one batch through the model first"
             )
