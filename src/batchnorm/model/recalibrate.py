@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import checks
+from batchnorm.model.batches import Batches
 from batchnorm.model.calling import call, evaluating, unwrapped
 from batchnorm.model.freeze import is_frozen
+from batchnorm.model.gather import Seen, check_group, gathered
 from batchnorm.model.layers import batch_norms, check_initialized, check_model, has_statistics, quoted
 from batchnorm.moments import Moments
 
-_NEVER = math.inf
 _ELEMENTS_AT_ONCE = 2**22
 
 
@@ -68,7 +67,8 @@ def recalibrate(
         group: a torch.distributed process group, all of whose processes recalibrate the same model, each on
             its own part of the data, in any number of batches; all end with the statistics of all the data.
             `torch.distributed.group.WORLD` is all processes. None is this process alone.
-        sequential: layer by layer, see above. `loader` must give the same data each time it is iterated.
+        sequential: layer by layer, see above. `loader` must give the same data each time it is iterated: with
+            `max_batches`, no shuffled ones.
 
     Returns:
         model
@@ -85,10 +85,10 @@ def recalibrate(
     check_model(model, "recalibrate")
     network = unwrapped(model)
     names = {layer: name for name, layer in _layers_to_estimate(network).items()}
-    batches = _Batches(loader, max_batches, progress, again=sequential)
-    _check_group(group)
+    batches = Batches(loader, max_batches, progress, again=sequential)
+    check_group(group)
 
-    def run(open_layers: dict[_BatchNorm, str]) -> dict[_BatchNorm, _Seen]:
+    def run(open_layers: dict[_BatchNorm, str]) -> dict[_BatchNorm, Seen]:
         watch = _Watch(open_layers, one_value_is_enough=sequential)
         return _merged(watch, lambda: _run(network, batches, forward, watch), group)
 
@@ -114,14 +114,6 @@ def recalibrate(
     return model
 
 
-class _Seen(NamedTuple):
-    """What a layer was given in a pass: how often, what, and which layer it was in order of execution."""
-
-    times: int
-    moments: Moments
-    position: float
-
-
 def _layers_to_estimate(model: nn.Module) -> dict[str, _BatchNorm]:
     layers = batch_norms(model, "recalibrate")
     check_initialized(model, "recalibrate")
@@ -135,13 +127,6 @@ def _layers_to_estimate(model: nn.Module) -> dict[str, _BatchNorm]:
     if not unfrozen:
         raise ValueError("recalibrate: every batch norm of the model is frozen: bn.unfreeze(model) first")
     return unfrozen
-
-
-def _check_group(group: Any) -> None:
-    if group is not None and torch.distributed.get_rank(group) < 0:
-        raise ValueError(
-            "recalibrate: this process is not in the group: call it in the group's processes only"
-        )
 
 
 @contextmanager
@@ -161,51 +146,6 @@ def _unless_done_restored(layers: Iterable[_BatchNorm]) -> Iterator[set[_BatchNo
                     buffer.copy_(value)
 
 
-class _Batches:
-    """The batches of a loader, no more than `max_batches`, counted and perhaps with a progress bar."""
-
-    def __init__(self, loader: Any, max_batches: int | None, progress: bool, again: bool) -> None:
-        if max_batches is not None and (type(max_batches) is not int or max_batches < 1):
-            raise ValueError(
-                f"recalibrate: max_batches={max_batches!r} must be a whole number, 1 or more, or None"
-            )
-        if isinstance(loader, Tensor | str | dict | nn.Module) or not hasattr(loader, "__iter__"):
-            raise TypeError(
-                f"recalibrate: expected an iterable of batches such as a DataLoader, got "
-                f"{type(loader).__name__}: a single batch goes in a list, [batch]"
-            )
-        if again and hasattr(loader, "__next__"):
-            raise TypeError(
-                "recalibrate: sequential=True goes over the loader once per layer, but "
-                f"{type(loader).__name__} can be iterated only once: give a DataLoader or a list"
-            )
-        self.loader, self.max_batches = loader, max_batches
-        self.bar = _tqdm() if progress else None
-
-    def __iter__(self) -> Iterator[Any]:
-        batches = itertools.islice(self.loader, self.max_batches)
-        if self.bar is None:
-            return batches
-        return iter(self.bar(batches, desc="recalibrate", unit="batch", total=self._total()))
-
-    def _total(self) -> int | None:
-        try:
-            batches = len(self.loader)
-        except TypeError:
-            return self.max_batches
-        return batches if self.max_batches is None else min(batches, self.max_batches)
-
-
-def _tqdm() -> Callable[..., Iterable[Any]]:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "recalibrate: progress=True draws its bar with tqdm: pip install tqdm", name="tqdm"
-        ) from error
-    return tqdm
-
-
 class _FewValues(ValueError):
     """Told apart from what a model raises by itself."""
 
@@ -220,7 +160,7 @@ class _Watch:
     def __init__(self, layers: dict[_BatchNorm, str], one_value_is_enough: bool) -> None:
         self.layers = layers
         self.one_value_is_enough = one_value_is_enough
-        self.seen: dict[_BatchNorm, _Seen] = {}
+        self.seen: dict[_BatchNorm, Seen] = {}
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -243,14 +183,14 @@ class _Watch:
         if mask is not None:
             checks.check_mask(mask, x)
         self._check_values(layer, x, mask, channel_dim)
-        moments = _moments(x, channel_dim, mask)
+        moments = _moments(x.detach(), channel_dim, mask)
         assert layer.running_mean is not None
         assert layer.running_var is not None
         layer.running_mean.copy_(moments.mean)
         layer.running_var.copy_(moments.m2 / moments.count.clamp_min(torch.finfo(moments.count.dtype).tiny))
         before = self.seen.get(layer)
         if before is None:
-            self.seen[layer] = _Seen(1, moments, len(self.seen))
+            self.seen[layer] = Seen(1, moments, len(self.seen))
         else:
             self.seen[layer] = before._replace(times=before.times + 1, moments=before.moments.merge(moments))
 
@@ -293,7 +233,7 @@ def _moments(x: Tensor, channel_dim: int, mask: Tensor | None) -> Moments:
 
 
 def _run(
-    model: nn.Module, batches: _Batches, forward: Callable[[nn.Module, Any], Any] | None, watch: _Watch
+    model: nn.Module, batches: Batches, forward: Callable[[nn.Module, Any], Any] | None, watch: _Watch
 ) -> int:
     """One pass over the loader; how many batches it had."""
     number = 0
@@ -303,68 +243,19 @@ def _run(
     return number
 
 
-def _merged(watch: _Watch, run: Callable[[], int], group: Any) -> dict[_BatchNorm, _Seen]:
+def _merged(watch: _Watch, run: Callable[[], int], group: Any) -> dict[_BatchNorm, Seen]:
     """What the layers were given in a pass, in all processes of the group, in order of execution."""
     if group is None:
         batches = run()
         seen = watch.seen
     else:
-        batches, seen = _gathered(watch, run, group)
+        batches, seen = gathered(watch.layers, watch.seen, run, group)
     if batches == 0:
         raise ValueError("recalibrate: the loader is empty: without a batch there are no statistics")
     return dict(sorted(seen.items(), key=lambda item: item[1].position))
 
 
-def _gathered(watch: _Watch, run: Callable[[], int], group: Any) -> tuple[int, dict[_BatchNorm, _Seen]]:
-    # A process that failed takes part too: the others would wait for it for ever.
-    error: Exception | None = None
-    batches = 0
-    try:
-        batches = run()
-    except Exception as caught:
-        error = caught
-    device = next(iter(watch.layers)).running_mean.device  # type: ignore[union-attr]
-    mine = _packed(watch, batches, error is not None).to(device)
-    everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(everyone, mine, group=group)
-    if error is not None:
-        raise error
-    failed = [rank for rank, theirs in enumerate(everyone) if theirs[1] != 0]
-    if failed:
-        raise RuntimeError(
-            f"recalibrate: failed in process {', '.join(map(str, failed))} of the group, see the error there"
-        )
-    return int(sum(theirs[0].item() for theirs in everyone)), _unpacked(watch, everyone)
-
-
-def _packed(watch: _Watch, batches: int, failed: bool) -> Tensor:
-    """One float64 vector: batches, failed, and per layer times, position, count, mean and m2."""
-    numbers = [torch.tensor([batches, failed], dtype=torch.float64)]
-    for layer in watch.layers:
-        seen = watch.seen.get(layer)
-        if seen is None or failed:
-            numbers.append(torch.tensor([0, _NEVER, *[0] * 3 * layer.num_features], dtype=torch.float64))
-            continue
-        count, mean, m2 = seen.moments.count, seen.moments.mean, seen.moments.m2
-        numbers.append(torch.tensor([seen.times, seen.position], dtype=torch.float64))
-        numbers += [tensor.to("cpu", torch.float64) for tensor in (count.expand_as(mean), mean, m2)]
-    return torch.cat(numbers)
-
-
-def _unpacked(watch: _Watch, everyone: list[Tensor]) -> dict[_BatchNorm, _Seen]:
-    merged, start = {}, 2
-    for layer in watch.layers:
-        width = 2 + 3 * layer.num_features
-        parts = torch.stack([numbers[start : start + width] for numbers in everyone])
-        start += width
-        times = int(parts[:, 0].sum())
-        if times:
-            moments = Moments(*parts[:, 2:].unflatten(1, (3, -1)).unbind(1)).merge_dim(0)
-            merged[layer] = _Seen(times, moments, float(parts[:, 1].min()))
-    return merged
-
-
-def _write(layer: _BatchNorm, name: str, seen: _Seen) -> None:
+def _write(layer: _BatchNorm, name: str, seen: Seen) -> None:
     """Write what a layer has seen into its buffers, once it is seen to be finite in their dtype."""
     mean, var = layer.running_mean, layer.running_var
     assert mean is not None
