@@ -386,25 +386,19 @@ class TestBatches:
         model = recalibrate(self.Two(), (self.x[i : i + 4] for i in (0, 4, 8)))
         assert_close(model.norm.running_mean, self.x.mean(0))
 
-    def test_are_moved_to_the_device_of_the_model(self) -> None:
-        class Meta(nn.Module):
+    def test_are_moved_to_the_device_of_the_first_parameter(self) -> None:
+        class Elsewhere(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.norm = nn.BatchNorm1d(C)
+                self.first, self.norm = nn.Parameter(torch.empty(1, device="meta")), nn.BatchNorm1d(C)
 
-            def forward(self, x: Tensor) -> Tensor:
-                devices.append(x.device.type)
+            def forward(self, a: Any, b: Any) -> Tensor:
+                given.extend([a[0].device.type, b[0].device.type, b[1]])
                 return self.norm(torch.randn(4, C))
 
-        devices: list[str] = []
-        recalibrate(Meta(), [{"x": torch.empty(3, device="cpu")}])
-        assert devices == ["cpu"]
-        from batchnorm.model.calling import to_device
-
-        moved = to_device({"a": [torch.zeros(1)], "b": (torch.zeros(1), "text")}, torch.device("meta"))
-        assert moved["a"][0].is_meta
-        assert moved["b"][0].is_meta
-        assert moved["b"][1] == "text"
+        given: list[str] = []
+        recalibrate(Elsewhere(), [{"a": [torch.zeros(1)], "b": (torch.zeros(1), "text")}])
+        assert given == ["meta", "meta", "text"]
 
     def test_no_more_than_max_batches_are_taken(self) -> None:
         taken = []

@@ -19,7 +19,9 @@ from batchnorm.model.gather import Seen, check_group, gathered
 from batchnorm.model.layers import batch_norms, check_initialized, check_model, has_statistics, quoted
 from batchnorm.moments import Moments
 
-_ELEMENTS_AT_ONCE = 2**22
+# Taken to float64 at a time: on a CPU what stays in its cache, which is 5 times as fast; on a device, whose
+# memory float64 copies should not fill, enough to keep it busy.
+_ELEMENTS_ON_CPU, _ELEMENTS_ON_DEVICE = 2**18, 2**24
 
 
 def recalibrate(
@@ -221,7 +223,8 @@ def _input(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _moments(x: Tensor, channel_dim: int, mask: Tensor | None) -> Moments:
     """Moments summed in float64; float32 sums of millions of values are wrong by some 1e-6."""
     dim = 1 if channel_dim == 0 else 0
-    size = max(1, _ELEMENTS_AT_ONCE * x.shape[dim] // x.numel())
+    elements = _ELEMENTS_ON_CPU if x.device.type == "cpu" else _ELEMENTS_ON_DEVICE
+    size = max(1, elements * x.shape[dim] // x.numel())
     xs = x.split(size, dim)
     masks = [None] * len(xs) if mask is None else mask.expand_as(x).split(size, dim)
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
