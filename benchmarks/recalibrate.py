@@ -46,6 +46,19 @@ def show_uneven_batches() -> None:
         print(f"  {name:12s} mean off by {mean:.2g}, variance by {var:.2g} of itself")
 
 
+def show_trained(training: Training) -> None:
+    """Train, with a line for each epoch."""
+    config = training.config
+    print(f"LeNet, batch {config.batch_size}, {len(training.dataset.train_labels):,} images an epoch:")
+    while not training.finished:
+        result = training.run_epoch()
+        print(
+            f"  epoch {result.epoch}: loss {result.loss:.4f}, accuracy {result.accuracy:.4f}, "
+            f"{result.seconds:.0f} s",
+            flush=True,
+        )
+
+
 def show_time(model: nn.Module, images: Tensor, batch_size: int) -> None:
     """Seconds of recalibrating a LeNet, median of three after one to warm up."""
     seconds = []
@@ -108,19 +121,6 @@ def main() -> None:
         show_time(copy.deepcopy(training.model), data.train_images[:SAMPLES], batch_size)
     show_accuracy(training.model, data, options.batch_size)
     print(machine_line())
-
-
-def show_trained(training: Training) -> None:
-    """Train, with a line for each epoch."""
-    config = training.config
-    print(f"LeNet, batch {config.batch_size}, {len(training.dataset.train_labels):,} images an epoch:")
-    while not training.finished:
-        result = training.run_epoch()
-        print(
-            f"  epoch {result.epoch}: loss {result.loss:.4f}, accuracy {result.accuracy:.4f}, "
-            f"{result.seconds:.0f} s",
-            flush=True,
-        )
 
 
 if __name__ == "__main__":
