@@ -135,7 +135,7 @@ class TestBothKinds:
             assert unfreeze(layer).training is asked
         layer = kind(C).eval()
         assert unfreeze(freeze(layer)).training is False
-        assert unfreeze(freeze(kind(C))).training is True
+        assert unfreeze(freeze(freeze(kind(C)))).training is True
 
     def test_train_returns_the_layer_and_wants_a_boolean(self, kind: type[nn.Module]) -> None:
         layer = freeze(kind(C))
