@@ -29,7 +29,8 @@ def arrays() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("epsilon", [1e-3, 0.1])
 def test_eval_mode_is_kerass_formula(kind: type[nn.Module], epsilon: float) -> None:
     layer, k = kind(C).double().eval(), arrays()
-    assert load_keras(layer, **k, epsilon=epsilon) is layer
+    as_lists = {name: array.tolist() for name, array in k.items()}
+    assert load_keras(layer, **as_lists, epsilon=epsilon) is layer
     x = np.random.default_rng(1).normal(size=(8, C))
     y = k["gamma"] * (x - k["moving_mean"]) / np.sqrt(k["moving_variance"] + epsilon) + k["beta"]
     assert_close(layer(torch.from_numpy(x)), torch.from_numpy(y), rtol=1e-12, atol=1e-12)

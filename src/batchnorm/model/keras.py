@@ -82,7 +82,7 @@ def _checked(
     if given is None and name in ("gamma", "beta"):
         return target, torch.full(shape, default)
     try:
-        value = torch.as_tensor(given).detach()
+        value = torch.as_tensor(given, dtype=None if isinstance(given, Tensor) else torch.float64).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"load_keras: expected {name} to be an array of numbers: {error}") from error
     if tuple(value.shape) != shape:
@@ -96,4 +96,4 @@ def _checked(
         raise ValueError(f"load_keras: {name} has a value that is not finite (in {target.dtype})")
     if name == "moving_variance" and bool((value < 0).any()):
         raise ValueError(f"load_keras: moving_variance has a negative value, {value.min().item():g}")
-    return target, value
+    return target, value.to(target.dtype)
