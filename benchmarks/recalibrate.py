@@ -60,15 +60,16 @@ def show_trained(training: Training) -> None:
 
 
 def show_time(model: nn.Module, images: Tensor, batch_size: int) -> None:
-    """Seconds of recalibrating a LeNet, median of three after one to warm up."""
-    seconds = []
+    """Seconds of recalibrating a LeNet, medians of three after one to warm up."""
+    wall, cpu = [], []
     for _ in range(4):
-        start = time.perf_counter()
+        wall_start, cpu_start = time.perf_counter(), time.process_time()
         recalibrate(model, images.split(batch_size))
-        seconds.append(time.perf_counter() - start)
+        wall.append(time.perf_counter() - wall_start)
+        cpu.append(time.process_time() - cpu_start)
     print(
-        f"{len(images):,} images, batch {batch_size}: {statistics.median(seconds[1:]):.2f} s "
-        f"with {torch.get_num_threads()} threads"
+        f"{len(images):,} images, batch {batch_size}: {statistics.median(wall[1:]):.2f} s "
+        f"({statistics.median(cpu[1:]):.2f} s of CPU time), {torch.get_num_threads()} threads"
     )
 
 
