@@ -1,8 +1,25 @@
 """Verbs on whole models."""
 
+from batchnorm.model.absorb import absorb_bias
 from batchnorm.model.fold import fold
 from batchnorm.model.fold_report import FoldReport
+from batchnorm.model.freeze import freeze, unfreeze
 from batchnorm.model.hold import hold
+from batchnorm.model.keras import load_keras
 from batchnorm.model.memory_efficient import memory_efficient
+from batchnorm.model.parameters import parameter_groups, reset
+from batchnorm.model.recalibrate import recalibrate
 
-__all__ = ["FoldReport", "fold", "hold", "memory_efficient"]
+__all__ = [
+    "FoldReport",
+    "absorb_bias",
+    "fold",
+    "freeze",
+    "hold",
+    "load_keras",
+    "memory_efficient",
+    "parameter_groups",
+    "recalibrate",
+    "reset",
+    "unfreeze",
+]
