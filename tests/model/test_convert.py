@@ -146,7 +146,7 @@ def two_steps(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
         found[f"{step} gradients"] = {
             n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
         }
-        found[f"{step} input gradients"] = [x.grad.clone() for x in inputs]  # type: ignore[union-attr]
+        found[f"{step} input gradients"] = [x.grad.clone() for x in inputs if x.grad is not None]
         if training:
             optimizer.step()
         found[f"{step} state"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -345,6 +345,7 @@ def test_keeps_hooks_attributes_and_flags() -> None:
     assert model.training
     assert not layer.weight.requires_grad
     assert snapshot(model)["hooks"] == before["hooks"]
+    calls.clear()
     model(images()).sum().backward()
     model.load_state_dict(model.state_dict())
     assert calls == ["before", "after", "backward", "saving", "loaded"]
@@ -418,7 +419,7 @@ def test_this_packages_layers_are_fused_and_stay_its_own() -> None:
     x, twin = images(4), copy.deepcopy(model)
     convert(model)
     assert fusing(model) == ["1"]
-    assert_same_training(model, twin, (x,))
+    assert_same_training(copy.deepcopy(model), twin, (x,))
     revert(model)
     assert snapshot(model) == before
     assert model[1].ghost_batch_size == 2
@@ -655,7 +656,7 @@ def test_in_place_means_that_other_names_see_it() -> None:
     ours = converted(model)
     for function in (
         lambda m, x: (m.relu(y := m.b1(m.c1(x))), y)[0] * y,
-        lambda m, x: (F.relu(y := m.b1(m.c1(x)), inplace=True), y)[1],
+        lambda m, x: (F.relu(y := m.b1(m.c1(x)), inplace=True), y)[1] * 2,
         lambda m, x: ((y := m.b1(m.c1(x))).add_(x), y.relu_(), y * 2)[2],
         lambda m, x: ((y := m.b1(m.c1(x))).add_(x), y.sigmoid())[0] * 2,
         lambda m, x: ((y := m.b1(m.c1(x))) + x).relu() + y,
@@ -727,11 +728,11 @@ def test_hooks_added_after_convert_see_what_they_would(of: str, kind: str) -> No
             "backward": target.register_full_backward_hook,
             "backward pre": target.register_full_backward_pre_hook,
         }[kind]
-        if "backward" in kind and of == "relu":
+        if "backward" in kind and of in ("relu", "bn1"):
             for module in net.modules():
                 if isinstance(module, nn.ReLU):
                     module.inplace = False
-        if "backward" in kind and of in ("bn2",):
+        if "backward" in kind and of == "bn2":
             net.layer1[0].__class__ = OutOfPlace
         register(hook)
         net(*inputs).sin().sum().backward()
@@ -885,6 +886,8 @@ def test_autocast_gives_the_same_dtype(name: str) -> None:
 # Compilers and transforms.
 
 
+# Of torch's own, after a graph break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("name", ["resnet basic", "resnet functional", "lenet", "untraceable"])
 def test_compiled(name: str) -> None:
     model, inputs = build(name)
@@ -909,6 +912,7 @@ def test_exported(name: str) -> None:
     assert_close(torch.export.export(ours, inputs).module()(*inputs), model.eval()(*inputs))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_jit_traced() -> None:
     model, inputs = build("resnet basic")
     ours = converted(model).eval()

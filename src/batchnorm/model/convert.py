@@ -1,13 +1,14 @@
 """convert and revert: torch.nn's batch norms become this package's, and again what they were.
 
-A layer changes its `__class__`, in place: it is the same object for its optimizer, its hooks, its names
-and whoever else holds it, and all that has to be remembered, so that a copy or a pickle can be reverted too, is the class
-it had.
+A layer changes its `__class__`, in place: it stays the same object for its hooks, its names and whoever else
+holds it. All that has to be remembered is the class it had, in an attribute of the layer itself, so a copy or a
+pickle of a converted model can be reverted too.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -36,11 +37,11 @@ _MEMORY_EFFICIENT = "_memory_efficient_by_convert"
 def convert(model: nn.Module, *, fuse: bool = True, memory_efficient: bool = False) -> nn.Module:
     """Turn every torch.nn batch norm of `model` into this package's, which computes the same.
 
-    BatchNorm1d, 2d, 3d and the lazy ones, at any depth. Parameters, buffers, dtype, device, training flags,
-    hooks, names and the state_dict stay the same objects and values, as do the modules themselves: only their class
-    changes. With `fuse`, a batch norm that is followed by nothing but an activation the layers know, or by an add
-    and such an activation, is computed together with them; the model's code is not changed, and runs
-    as before (see `batchnorm.model.fusion`). A second call adds what it asks for.
+    BatchNorm1d, 2d, 3d and the lazy ones, at any depth. Modules, Parameters and buffers stay the same objects,
+    with their dtype, device, training flags, hooks, names and state_dict: a layer changes its class, nothing
+    else does. With `fuse`, a batch norm followed by nothing but an activation that the layers know, or by an
+    add and such an activation, is computed together with them; the model's code is not changed, and runs as
+    before (see `batchnorm.model.fusion`). A second call adds what it asks for.
 
     Left as they are, and named in a warning: subclasses, SyncBatchNorm, and layers with a forward or an
     attribute of their own where this package's have one.
@@ -63,26 +64,22 @@ def convert(model: nn.Module, *, fuse: bool = True, memory_efficient: bool = Fal
         raise ValueError(
             f"convert: no batch norm in this {type(model).__name__}: expected torch.nn.BatchNorm1d, 2d or 3d"
         )
-    to_ours = {m: name for name, m in batch_norms.items() if _can_be_ours(m)}
-    fusing = {m for m in batch_norms.values() if m in to_ours or _class(m) in fusion.FUSING}
-    places = fusion.find(model, fusing) if fuse else {}
-    _warn_of(
-        {
-            name: m
-            for name, m in batch_norms.items()
-            if m not in to_ours and not isinstance(m, layers._BatchNorm)
-        }
-    )
+    theirs = {name: m for name, m in batch_norms.items() if not isinstance(m, layers._BatchNorm)}
+    left = {name: m for name, m in theirs.items() if not _can_be_ours(m)}
+    to_ours = [m for name, m in theirs.items() if name not in left]
+    ours = [m for m in batch_norms.values() if _class(m) in fusion.FUSING]
+    places = fusion.find(model, [*to_ours, *ours]) if fuse else {}
+    _warn_of(left)
     for layer in to_ours:
         _remember_class(layer)
         _set_class(layer, _OURS[_class(layer)])
         for option, default in layers._OPTIONS.items():
             setattr(layer, option, default)
-    for layer, found in places.items():
-        _remember_class(layer)
-        _set_class(layer, fusion.FUSING[_class(layer)])
-        layer.__dict__["_callers"] = tuple({place.caller: None for place in found})
-        layer.__dict__["_followers"] = tuple({p.follower: None for p in found if p.follower is not None})
+    for fused, found in places.items():
+        _remember_class(fused)
+        _set_class(fused, fusion.FUSING[_class(fused)])
+        fused.__dict__["_callers"] = tuple({place.caller: None for place in found})
+        fused.__dict__["_followers"] = tuple({p.follower: None for p in found if p.follower is not None})
     if memory_efficient and not any(map(_memory_efficient_hook, model._forward_pre_hooks.values())):
         _memory_efficient(model)
         model.__dict__[_MEMORY_EFFICIENT] = True
@@ -92,7 +89,8 @@ def convert(model: nn.Module, *, fuse: bool = True, memory_efficient: bool = Fal
 def revert(model: nn.Module) -> nn.Module:
     """Give back what `convert` changed: every layer its class, fusion and memory_efficient taken off.
 
-    Works on a copy of a converted model and on a part of one; a model that was never converted stays as it is.
+    Works on a copy of a converted model and on a part of one; a model that was never converted stays as it
+    is. A lazy layer that has started meanwhile becomes torch.nn's layer without "Lazy" in its name.
     Options set on a layer since then (`layer.ghost_batch_size = 16`) go, Parameters and buffers stay.
 
     Args:
@@ -126,12 +124,12 @@ def _can_be_ours(module: nn.Module) -> bool:
     return _class(module) in _OURS and not attributes & taken
 
 
-def _warn_of(left: dict[str, nn.Module]) -> None:
+def _warn_of(left: Mapping[str, nn.Module]) -> None:
     if left:
         names = ", ".join(f"{type(module).__name__} {name!r}" for name, module in left.items())
         warnings.warn(
-            f"convert: left as they are: {names}. They are not exactly torch.nn.BatchNorm1d, 2d or 3d, so they "
-            "may do something else",
+            f"convert: left as they are: {names}. They are not exactly torch.nn.BatchNorm1d, 2d or 3d, so "
+            "they may do something else",
             stacklevel=3,
         )
 
@@ -149,7 +147,7 @@ def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
             k: v for k, v in type(module).__dict__.items() if k not in ("__dict__", "__weakref__", "__doc__")
         }
         cls = type(f"Parametrized{cls.__name__}", (cls,), own)
-    module.__class__ = cls  # type: ignore[assignment]
+    module.__class__ = cls
 
 
 def _remember_class(module: nn.Module) -> None:

@@ -1,28 +1,34 @@
-"""Batch norm fused with the add and the activation after it, in models whose code stays as it is.
+"""Batch norm run together with the add and the activation after it, in models whose code stays as it is.
 
-Which layers: the forward of every module is traced by itself (torch.fx, its submodules as leaves), and a batch
-norm may wait where all that is done with its output is an activation, or an add and then an activation, in the same
-function. `nn.Sequential`s are read off their neighbours, so they need no trace.
+Which layers: the forward of every module is traced by itself (torch.fx, its submodules as leaves), and a
+batch norm may wait where all that is done with its output is an activation, or an add and then an activation,
+in the same function. `nn.Sequential`s are read off their neighbours, so they need no trace.
 
 How: such a layer returns a `Waiting` tensor, the promise of its output. The activation, or the add, that is
-called with it reaches `__torch_function__`, which runs the layer together with them. Anything else
-gets the plain output. So the model's own code runs, every time: nothing the trace saw is baked in (training
-mode, shapes, flags, submodules replaced later), there is nothing to pickle, copy or compile but a
-class, hooks of submodules run, `nn.ReLU`s shared by several places need no care, and a wrong guess costs time, never
-correctness. Forwards rewritten from the traced graph would save some microseconds and lose all of this.
+called with it reaches `__torch_function__`, which runs the layer together with it. Anything else gets the
+plain output. So the model's own code runs, every time: nothing the trace saw is baked in (training mode,
+shapes, flags, submodules that are replaced later), there is nothing to pickle, copy or compile but a class, hooks
+of submodules run, an `nn.ReLU` shared by several places needs no care, and a wrong guess costs time, not
+correctness. Forwards generated from the traced graph would save some microseconds and lose all of this.
 
-A promise is made only to the function it was found in; not under torch.compile, torch.export or torch.func (compilers
-fuse by themselves), nor where a hook would see it.
+A promise is made only to the function it was found in, and not under torch.compile, torch.export or torch.func
+(compilers fuse by themselves), nor where a hook would see it.
+
+Limits: a function that, by a flag changed after the trace, returns the output of a batch norm as it is, returns
+a `Waiting`; it is a tensor to all of torch's functions, and its statistics move when it is first used. A batch
+norm and an activation in two functions (a `Sequential` that ends in a batch norm, a ReLU in its parent) are not
+fused: either may be called by itself.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -33,8 +39,9 @@ from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 
 from batchnorm import layers
 from batchnorm.context import under_transform
+from batchnorm.names import describe
 
-# How activations are called: the name of ours, and the arguments after the input with the values they must have.
+# How activations are called: the name of ours, and what the arguments after the input must be.
 _ANY = object()
 _INPLACE = ("inplace", _ANY)
 _CALLS: dict[Any, tuple[str, tuple[tuple[str, Any], ...]]] = {
@@ -61,8 +68,8 @@ _CALLS: dict[Any, tuple[str, tuple[tuple[str, Any], ...]]] = {
 # What an argument is when it is left out; all others default to the value they must have.
 _DEFAULTS = {"min_val": -1.0, "max_val": 1.0}
 _MODULES = {
-    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid,
-    nn.Softplus, nn.Sigmoid, nn.Tanh,
+    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
+    nn.Hardsigmoid, nn.Softplus, nn.Sigmoid, nn.Tanh,
 }  # fmt: skip
 _ADDS = {Tensor.add, Tensor.add_, torch.add}
 _IN_PLACE = {
@@ -133,8 +140,8 @@ class _Pass:
     def run(self, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         if _version(self.x) != self.version:
             raise RuntimeError(
-                f"{layers.describe(self.layer)}: its input was changed in place before the activation that it is "
-                "fused with. Change it later, or convert the model with fuse=False"
+                f"{describe(self.layer)}: its input was changed in place before the activation that it is fused "
+                "with. Change it later, or convert the model with fuse=False"
             )
         # The layer with another activation; not by setting it, which another thread would see.
         layer = object.__new__(type(self.layer))
@@ -193,8 +200,8 @@ class Waiting(Tensor):
         residual, version = self._residual
         if _version(residual) != version:
             raise RuntimeError(
-                f"{layers.describe(self._pass.layer)}: what is added to its output was changed in place before "
-                "the activation that both are fused with. Change it later, or convert the model with fuse=False"
+                f"{describe(self._pass.layer)}: what is added to its output was changed in place before the "
+                "activation that both are fused with. Change it later, or convert the model with fuse=False"
             )
         return residual
 
@@ -221,7 +228,12 @@ def _add(function: Any, left: Any, right: Any) -> Waiting | None:
         if not isinstance(waiting, Waiting) or waiting._value is not None or waiting._residual is not None:
             continue
         x = waiting._pass.x
-        if other is waiting or torch.is_grad_enabled() != waiting._pass.grad or not isinstance(other, Tensor):
+        if (
+            waiting._pass.ran
+            or other is waiting
+            or torch.is_grad_enabled() != waiting._pass.grad
+            or not isinstance(other, Tensor)
+        ):
             continue
         other = _plain(other)
         if (
@@ -307,30 +319,30 @@ def _caller(frame: FrameType) -> tuple[str, str]:
 
 
 class FusingBatchNorm1d(_Fusing, layers.BatchNorm1d):
-    __doc__ = layers.BatchNorm1d.__doc__
+    __doc__ = inspect.getdoc(layers.BatchNorm1d)
 
 
 class FusingBatchNorm2d(_Fusing, layers.BatchNorm2d):
-    __doc__ = layers.BatchNorm2d.__doc__
+    __doc__ = inspect.getdoc(layers.BatchNorm2d)
 
 
 class FusingBatchNorm3d(_Fusing, layers.BatchNorm3d):
-    __doc__ = layers.BatchNorm3d.__doc__
+    __doc__ = inspect.getdoc(layers.BatchNorm3d)
 
 
 class FusingLazyBatchNorm1d(_Fusing, layers.LazyBatchNorm1d):
-    __doc__ = layers.LazyBatchNorm1d.__doc__
-    cls_to_become = FusingBatchNorm1d  # type: ignore[assignment]
+    __doc__ = inspect.getdoc(layers.LazyBatchNorm1d)
+    cls_to_become = FusingBatchNorm1d
 
 
 class FusingLazyBatchNorm2d(_Fusing, layers.LazyBatchNorm2d):
-    __doc__ = layers.LazyBatchNorm2d.__doc__
-    cls_to_become = FusingBatchNorm2d  # type: ignore[assignment]
+    __doc__ = inspect.getdoc(layers.LazyBatchNorm2d)
+    cls_to_become = FusingBatchNorm2d
 
 
 class FusingLazyBatchNorm3d(_Fusing, layers.LazyBatchNorm3d):
-    __doc__ = layers.LazyBatchNorm3d.__doc__
-    cls_to_become = FusingBatchNorm3d  # type: ignore[assignment]
+    __doc__ = inspect.getdoc(layers.LazyBatchNorm3d)
+    cls_to_become = FusingBatchNorm3d
 
 
 FUSING: dict[type[nn.Module], type[nn.Module]] = {
@@ -344,17 +356,18 @@ FUSING: dict[type[nn.Module], type[nn.Module]] = {
 
 
 class Place(NamedTuple):
-    """Where a batch norm may wait: the function that calls it, and the activation module after it, if it is one."""
+    """Where a batch norm may wait: the function that calls it, and the activation after it if it is a module."""
 
     caller: tuple[str, str]
     follower: nn.Module | None
 
 
-def find(model: nn.Module, candidates: set[nn.Module]) -> dict[nn.Module, list[Place]]:
+def find(model: nn.Module, candidates: Iterable[nn.Module]) -> dict[nn.Module, list[Place]]:
     """The batch norms among `candidates` that may wait, each with its places; the model stays as it is.
 
     One that is seen in a place where it may not wait is left out.
     """
+    candidates = set(candidates)
     seen: list[tuple[nn.Module, Place | None]] = []
     twins = _twins(model)
     originals = {twin: original for original, twin in twins.items()}
@@ -407,13 +420,13 @@ def _in_sequential(
 
 
 def _in_module(module: nn.Module, candidates: set[nn.Module]) -> list[tuple[nn.Module, Place | None]]:
-    """Every call of a candidate by the code of `module`, in training and in eval mode, if it can be traced."""
-    seen = []
+    """Every call of a candidate by the code of `module`, in training and eval mode, if it can be traced."""
+    seen: list[tuple[nn.Module, Place | None]] = []
     for training in (True, False):
         tracer = _OneLevelTracer()
         try:
             module.train(training)
-            graph = _quietly(lambda tracer=tracer: tracer.trace(module))
+            graph = _quietly(tracer, module)
         except Exception:
             return []
         modules = dict(module.named_modules(remove_duplicate=False))
@@ -424,13 +437,13 @@ def _in_module(module: nn.Module, candidates: set[nn.Module]) -> list[tuple[nn.M
     return seen
 
 
-def _quietly(trace: Callable[[], fx.Graph]) -> fx.Graph:
-    """Run the model's code without a trace of it in warnings and random numbers."""
+def _quietly(tracer: fx.Tracer, module: nn.Module) -> fx.Graph:
+    """The graph of `module`, from a run of its code that leaves no warnings and draws no random numbers."""
     state = random.getstate()
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
-            return trace()
+            return tracer.trace(module)
     finally:
         random.setstate(state)
 
