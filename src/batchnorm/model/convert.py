@@ -1,8 +1,8 @@
 """convert and revert: torch.nn's batch norms become this package's, and again what they were.
 
-A layer changes its `__class__`, in place: it stays the same object for its hooks, its names and whoever else
-holds it. All that has to be remembered is the class it had, in an attribute of the layer itself, so a copy or a
-pickle of a converted model can be reverted too.
+A layer changes its `__class__`, in place: it stays the same object for its hooks, its names and whoever
+else holds it. All that has to be remembered is the class it had, in an attribute of the layer itself, so a
+copy or a pickle of a converted model can be reverted too.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _MEMORY_EFFICIENT = "_memory_efficient_by_convert"
 def convert(model: nn.Module, *, fuse: bool = True, memory_efficient: bool = False) -> nn.Module:
     """Turn every torch.nn batch norm of `model` into this package's, which computes the same.
 
-    BatchNorm1d, 2d, 3d and the lazy ones, at any depth. Modules, Parameters and buffers stay the same objects,
-    with their dtype, device, training flags, hooks, names and state_dict: a layer changes its class, nothing
-    else does. With `fuse`, a batch norm followed by nothing but an activation that the layers know, or by an
-    add and such an activation, is computed together with them; the model's code is not changed, and runs as
-    before (see `batchnorm.model.fusion`). A second call adds what it asks for.
+    BatchNorm1d, 2d, 3d and the lazy ones, at any depth. Modules, Parameters and buffers stay the same
+    objects, with their dtype, device, training flags, hooks, names and state_dict: a layer changes its class,
+    nothing else does. With `fuse`, a batch norm followed by nothing but an activation that the layers know,
+    or by an add and such an activation, is computed together with them; the model's code is not changed, and
+    runs as before (see `batchnorm.model.fusion`). A second call adds what it asks for.
 
     Left as they are, and named in a warning: subclasses, SyncBatchNorm, and layers with a forward or an
     attribute of their own where this package's have one.

@@ -7,17 +7,17 @@ in the same function. `nn.Sequential`s are read off their neighbours, so they ne
 How: such a layer returns a `Waiting` tensor, the promise of its output. The activation, or the add, that is
 called with it reaches `__torch_function__`, which runs the layer together with it. Anything else gets the
 plain output. So the model's own code runs, every time: nothing the trace saw is baked in (training mode,
-shapes, flags, submodules that are replaced later), there is nothing to pickle, copy or compile but a class, hooks
-of submodules run, an `nn.ReLU` shared by several places needs no care, and a wrong guess costs time, not
-correctness. Forwards generated from the traced graph would save some microseconds and lose all of this.
+shapes, flags, submodules that are replaced later), there is nothing to pickle, copy or compile but a class,
+hooks of submodules run, an `nn.ReLU` shared by several places needs no care, and a wrong guess costs time,
+not correctness. Forwards generated from the traced graph would save some microseconds and lose all of this.
 
-A promise is made only to the function it was found in, and not under torch.compile, torch.export or torch.func
-(compilers fuse by themselves), nor where a hook would see it.
+A promise is made only to the function it was found in, and not under torch.compile, torch.export or
+torch.func (compilers fuse by themselves), nor where a hook would see it.
 
-Limits: a function that, by a flag changed after the trace, returns the output of a batch norm as it is, returns
-a `Waiting`; it is a tensor to all of torch's functions, and its statistics move when it is first used. A batch
-norm and an activation in two functions (a `Sequential` that ends in a batch norm, a ReLU in its parent) are not
-fused: either may be called by itself.
+Limits: a function that, by a flag changed after the trace, returns the output of a batch norm as it is,
+returns a `Waiting`; it is a tensor to all of torch's functions, and its statistics move when it is first
+used. A batch norm and an activation in two functions (a `Sequential` that ends in a batch norm, a ReLU in its
+parent) are not fused: either may be called by itself.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ class _Pass:
     def run(self, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         if _version(self.x) != self.version:
             raise RuntimeError(
-                f"{describe(self.layer)}: its input was changed in place before the activation that it is fused "
-                "with. Change it later, or convert the model with fuse=False"
+                f"{describe(self.layer)}: its input was changed in place before the activation that it is "
+                "fused with. Change it later, or convert the model with fuse=False"
             )
         # The layer with another activation; not by setting it, which another thread would see.
         layer = object.__new__(type(self.layer))
@@ -297,9 +297,6 @@ class _Fusing(layers._BatchNorm):
             self, frame.f_locals["self"]
         )
 
-    def _get_name(self) -> str:
-        return next(cls for cls in type(self).__mro__ if cls in FUSING).__name__
-
 
 def _is_last(layer: nn.Module, sequential: nn.Sequential) -> bool:
     return next(reversed(sequential._modules.values())) is layer
@@ -310,8 +307,8 @@ def _hooked_after(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_pre_hooks) or _hooked_after(module)
+def _hooked(module: nn.Module | None) -> bool:
+    return module is not None and (bool(module._forward_pre_hooks) or _hooked_after(module))
 
 
 def _caller(frame: FrameType) -> tuple[str, str]:
@@ -319,29 +316,29 @@ def _caller(frame: FrameType) -> tuple[str, str]:
 
 
 class FusingBatchNorm1d(_Fusing, layers.BatchNorm1d):
-    __doc__ = inspect.getdoc(layers.BatchNorm1d)
+    __doc__ = f"{inspect.getdoc(layers.BatchNorm1d)}"
 
 
 class FusingBatchNorm2d(_Fusing, layers.BatchNorm2d):
-    __doc__ = inspect.getdoc(layers.BatchNorm2d)
+    __doc__ = f"{inspect.getdoc(layers.BatchNorm2d)}"
 
 
 class FusingBatchNorm3d(_Fusing, layers.BatchNorm3d):
-    __doc__ = inspect.getdoc(layers.BatchNorm3d)
+    __doc__ = f"{inspect.getdoc(layers.BatchNorm3d)}"
 
 
 class FusingLazyBatchNorm1d(_Fusing, layers.LazyBatchNorm1d):
-    __doc__ = inspect.getdoc(layers.LazyBatchNorm1d)
+    __doc__ = f"{inspect.getdoc(layers.LazyBatchNorm1d)}"
     cls_to_become = FusingBatchNorm1d
 
 
 class FusingLazyBatchNorm2d(_Fusing, layers.LazyBatchNorm2d):
-    __doc__ = inspect.getdoc(layers.LazyBatchNorm2d)
+    __doc__ = f"{inspect.getdoc(layers.LazyBatchNorm2d)}"
     cls_to_become = FusingBatchNorm2d
 
 
 class FusingLazyBatchNorm3d(_Fusing, layers.LazyBatchNorm3d):
-    __doc__ = inspect.getdoc(layers.LazyBatchNorm3d)
+    __doc__ = f"{inspect.getdoc(layers.LazyBatchNorm3d)}"
     cls_to_become = FusingBatchNorm3d
 
 
@@ -353,10 +350,12 @@ FUSING: dict[type[nn.Module], type[nn.Module]] = {
     layers.LazyBatchNorm2d: FusingLazyBatchNorm2d,
     layers.LazyBatchNorm3d: FusingLazyBatchNorm3d,
 }
+for _layer, _fusing in FUSING.items():
+    _fusing.__name__ = _layer.__name__  # for printed models, errors, and code that goes by it
 
 
 class Place(NamedTuple):
-    """Where a batch norm may wait: the function that calls it, and the activation after it if it is a module."""
+    """Where a batch norm may wait: the function that calls it, and the module of the activation after it."""
 
     caller: tuple[str, str]
     follower: nn.Module | None
@@ -369,34 +368,46 @@ def find(model: nn.Module, candidates: Iterable[nn.Module]) -> dict[nn.Module, l
     """
     candidates = set(candidates)
     seen: list[tuple[nn.Module, Place | None]] = []
-    twins = _twins(model)
+    twins, copied = _twins(model)
     originals = {twin: original for original, twin in twins.items()}
     for module in model.modules():
         if type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__:
             seen += _in_sequential(module, candidates)
-        elif module in twins and _can_be_traced(module):
+        elif module in copied and _can_be_traced(module):
             for twin, place in _in_module(twins[module], {twins[m] for m in candidates}):
                 if place is not None and place.follower is not None:
                     place = place._replace(follower=originals[place.follower])
                 seen.append((originals[twin], place))
-    refused = {batch_norm for batch_norm, place in seen if place is None}
+    refused = {m for m, place in seen if place is None or _hooked_after(m) or _hooked(place.follower)}
     found: dict[nn.Module, list[Place]] = {}
     for batch_norm, place in seen:
-        if place is not None and batch_norm not in refused and not _hooked_after(batch_norm):
+        if place is not None and batch_norm not in refused:
             found.setdefault(batch_norm, []).append(place)
     return found
 
 
-def _twins(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Every module of the model and its copy, for tracing, which runs code that may write into its module.
+def _twins(model: nn.Module) -> tuple[dict[nn.Module, nn.Module], set[nn.Module]]:
+    """A twin of every module, to be traced: tracing runs code that may write into its module.
 
-    Nothing where the model cannot be copied.
+    Twins have the Parameters of the model, copies of all else, and no hooks.
+
+    Returns:
+        the twins, and the modules of which everything could be copied.
     """
-    try:
-        twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-        return dict(zip(model.modules(), twin.modules(), strict=True))
-    except Exception:
-        return {}
+    twins: dict[nn.Module, nn.Module] = {m: object.__new__(type(m)) for m in model.modules()}
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()} | {id(m): twins[m] for m in twins}
+    copied = set(twins)
+    for module, twin in twins.items():
+        for name, value in module.__dict__.items():
+            if "hooks" in name and isinstance(value, dict):
+                twin.__dict__[name] = type(value)()
+                continue
+            try:
+                twin.__dict__[name] = copy.deepcopy(value, memo)
+            except Exception:  # whatever a __deepcopy__ raises
+                twin.__dict__[name] = value
+                copied.discard(module)
+    return twins, copied
 
 
 def _can_be_traced(module: nn.Module) -> bool:
@@ -415,7 +426,7 @@ def _in_sequential(
     caller = nn.Sequential.forward.__module__, "forward"
     for child, after in zip(children, [*children[1:], None], strict=True):
         if child is not None and child in candidates:
-            fits = after is not None and _activation_of_module(after) is not None and not _hooked(after)
+            fits = after is not None and _activation_of_module(after) is not None
             yield child, Place(caller, after) if fits else None
 
 
@@ -539,7 +550,7 @@ def _activation_of_node(
 ) -> tuple[_Activation | None, nn.Module | None]:
     if node.op == "call_module":
         module = modules[str(node.target)]
-        return (None if _hooked(module) else _activation_of_module(module)), module
+        return _activation_of_module(module), module
     function = getattr(Tensor, str(node.target), None) if node.op == "call_method" else node.target
     return _activation(function, tuple(node.args), dict(node.kwargs)), None
 
