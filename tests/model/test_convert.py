@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
+from batchnorm.kernels import cpu
 from batchnorm.kernels.reference import ACTIVATIONS
 from batchnorm.model import convert, fusion, revert
 from tests.model.zoo import ZOO, build
@@ -64,7 +65,9 @@ C = 4
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed_and_small_inputs_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Small ones go by torch's operator, for which nothing would wait.
+    monkeypatch.setattr(fusion, "_fuses", lambda layer, x: True)
     torch.manual_seed(0)
 
 
@@ -790,6 +793,25 @@ def test_gradients_that_are_off_for_a_part(grad_of_layer: bool) -> None:
         return m.c2(y)
 
     assert_same_training(converted(model := block(forward)), model, (images(),))
+
+
+def test_waits_only_for_a_kernel_that_fuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    if not cpu._work():
+        pytest.skip("the CPU kernels do not run here")
+    model = nn.Sequential(conv(), nn.BatchNorm2d(C), nn.ReLU())
+    ours = converted(model)
+    x = images(2, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(fusion._Pass, "run", None)
+        converted(model)(x)
+    calls = []
+    run = fusion._Pass.run
+    monkeypatch.setattr(fusion._Pass, "run", lambda *args: calls.append(1) or run(*args))
+    x = images(2, 64)
+    assert x.numel() >= cpu.SMALLEST
+    assert_same_training(ours, model, (x,))
+    assert len(calls) == 4
 
 
 def test_statistics_move_once(runs: list[Any]) -> None:

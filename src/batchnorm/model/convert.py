@@ -16,18 +16,26 @@ from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from batchnorm import layers
-from batchnorm.model import fusion
-from batchnorm.model.memory_efficient import _ours as _memory_efficient_hook
-from batchnorm.model.memory_efficient import memory_efficient as _memory_efficient
+from batchnorm.layers import (
+    _OPTIONS,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    _BatchNorm,
+)
+from batchnorm.model.fusion import FUSING, find
+from batchnorm.model.memory_efficient import memory_efficient as build_outputs_again
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: layers.BatchNorm1d,
-    nn.BatchNorm2d: layers.BatchNorm2d,
-    nn.BatchNorm3d: layers.BatchNorm3d,
-    nn.LazyBatchNorm1d: layers.LazyBatchNorm1d,
-    nn.LazyBatchNorm2d: layers.LazyBatchNorm2d,
-    nn.LazyBatchNorm3d: layers.LazyBatchNorm3d,
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+    nn.LazyBatchNorm1d: LazyBatchNorm1d,
+    nn.LazyBatchNorm2d: LazyBatchNorm2d,
+    nn.LazyBatchNorm3d: LazyBatchNorm3d,
 }
 # Attributes in `__dict__`: they are copied and pickled with their module.
 _CLASS = "_class_before_convert"
@@ -64,25 +72,27 @@ def convert(model: nn.Module, *, fuse: bool = True, memory_efficient: bool = Fal
         raise ValueError(
             f"convert: no batch norm in this {type(model).__name__}: expected torch.nn.BatchNorm1d, 2d or 3d"
         )
-    theirs = {name: m for name, m in batch_norms.items() if not isinstance(m, layers._BatchNorm)}
+    theirs = {name: m for name, m in batch_norms.items() if not isinstance(m, _BatchNorm)}
     left = {name: m for name, m in theirs.items() if not _can_be_ours(m)}
     to_ours = [m for name, m in theirs.items() if name not in left]
-    ours = [m for m in batch_norms.values() if _class(m) in fusion.FUSING]
-    places = fusion.find(model, [*to_ours, *ours]) if fuse else {}
+    ours = [m for m in batch_norms.values() if _class(m) in FUSING]
+    places = find(model, [*to_ours, *ours]) if fuse else {}
     _warn_of(left)
     for layer in to_ours:
         _remember_class(layer)
         _set_class(layer, _OURS[_class(layer)])
-        for option, default in layers._OPTIONS.items():
+        for option, default in _OPTIONS.items():
             setattr(layer, option, default)
     for fused, found in places.items():
         _remember_class(fused)
-        _set_class(fused, fusion.FUSING[_class(fused)])
+        _set_class(fused, FUSING[_class(fused)])
         fused.__dict__["_callers"] = tuple({place.caller: None for place in found})
         fused.__dict__["_followers"] = tuple({p.follower: None for p in found if p.follower is not None})
-    if memory_efficient and not any(map(_memory_efficient_hook, model._forward_pre_hooks.values())):
-        _memory_efficient(model)
-        model.__dict__[_MEMORY_EFFICIENT] = True
+    if memory_efficient:
+        hooks = len(model._forward_pre_hooks)
+        build_outputs_again(model)
+        if len(model._forward_pre_hooks) > hooks:  # else the user had asked for it before
+            model.__dict__[_MEMORY_EFFICIENT] = True
     return model
 
 
@@ -107,7 +117,7 @@ def revert(model: nn.Module) -> nn.Module:
         if _CLASS in module.__dict__:
             _restore_class(module)
         if module.__dict__.pop(_MEMORY_EFFICIENT, False):
-            _memory_efficient(module, enabled=False)
+            build_outputs_again(module, enabled=False)
     return model
 
 
@@ -120,7 +130,7 @@ def _can_be_ours(module: nn.Module) -> bool:
     attributes = (
         module.__dict__.keys() | module._modules.keys() | module._parameters.keys() | module._buffers.keys()
     )
-    taken = {"forward", *layers._OPTIONS, *(f"_{option}" for option in layers._OPTIONS)}
+    taken = {"forward", *_OPTIONS, *(f"_{option}" for option in _OPTIONS)}
     return _class(module) in _OURS and not attributes & taken
 
 
@@ -160,7 +170,7 @@ def _restore_class(module: nn.Module) -> None:
         cls = cls.cls_to_become  # it has seen its first input since
     _set_class(module, cls)
     added = {"_callers", "_followers"}
-    if not issubclass(cls, layers._BatchNorm):
-        added |= {*layers._OPTIONS, *(f"_{option}" for option in layers._OPTIONS)}
+    if not issubclass(cls, _BatchNorm):
+        added |= {*_OPTIONS, *(f"_{option}" for option in _OPTIONS)}
     for name in added:
         module.__dict__.pop(name, None)

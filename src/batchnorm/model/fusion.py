@@ -11,8 +11,8 @@ shapes, flags, submodules that are replaced later), there is nothing to pickle, 
 hooks of submodules run, an `nn.ReLU` shared by several places needs no care, and a wrong guess costs time,
 not correctness. Forwards generated from the traced graph would save some microseconds and lose all of this.
 
-A promise is made only to the function it was found in, and not under torch.compile, torch.export or
-torch.func (compilers fuse by themselves), nor where a hook would see it.
+A promise is made only to the function it was found in, for inputs that go by a kernel that fuses, and not
+under torch.compile, torch.export or torch.func (compilers fuse by themselves), nor where a hook would see it.
 
 Limits: a function that, by a flag changed after the trace, returns the output of a batch norm as it is,
 returns a `Waiting`; it is a tensor to all of torch's functions, and its statistics move when it is first
@@ -37,8 +37,17 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 
-from batchnorm import layers
 from batchnorm.context import under_transform
+from batchnorm.kernels import choose, native, reference
+from batchnorm.layers import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    _BatchNorm,
+)
 from batchnorm.names import describe
 
 # How activations are called: the name of ours, and what the arguments after the input must be.
@@ -95,6 +104,8 @@ def _activation(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if function not in _CALLS:
         return None
     name, parameters = _CALLS[function]
+    if not parameters and len(args) == 1 and not kwargs:
+        return _Activation(name, function in _IN_PLACE)
     if len(args) - 1 > len(parameters):
         return None
     given = dict(zip((parameter for parameter, _ in parameters), args[1:], strict=False)) | kwargs
@@ -150,7 +161,7 @@ class _Pass:
         if self.ran:
             layer.__dict__["track_running_stats"] = False
         self.ran = True
-        return layers._BatchNorm.forward(layer, self.x, residual)
+        return _BatchNorm.forward(layer, self.x, residual)
 
 
 def _version(x: Tensor) -> int | None:
@@ -260,7 +271,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-class _Fusing(layers._BatchNorm):
+class _Fusing(_BatchNorm):
     """A layer that waits for what follows it when it is called by one of `_callers`."""
 
     _callers: tuple[tuple[str, str], ...]
@@ -273,6 +284,7 @@ class _Fusing(layers._BatchNorm):
             or type(x) is not Tensor
             or residual is not None
             or mask is not None
+            or not _fuses(self, x)
             or not self._may_wait(sys._getframe(1))
         ):
             return super().forward(x, residual, mask)
@@ -298,6 +310,14 @@ class _Fusing(layers._BatchNorm):
         )
 
 
+def _fuses(layer: _Fusing, x: Tensor) -> bool:
+    """Whether `x` goes by a kernel that fuses; for the others, waiting would be time lost."""
+    if x.ndim not in layer._ranks:
+        return False  # an error, and the layer's to raise
+    parameters = layer._parameters.get("weight"), layer._parameters.get("bias")
+    return choose(x, layer.channel_dim, parameters, None, "relu") not in (native, reference)
+
+
 def _is_last(layer: nn.Module, sequential: nn.Sequential) -> bool:
     return next(reversed(sequential._modules.values())) is layer
 
@@ -315,40 +335,40 @@ def _caller(frame: FrameType) -> tuple[str, str]:
     return frame.f_globals.get("__name__", ""), frame.f_code.co_name
 
 
-class FusingBatchNorm1d(_Fusing, layers.BatchNorm1d):
-    __doc__ = f"{inspect.getdoc(layers.BatchNorm1d)}"
+class FusingBatchNorm1d(_Fusing, BatchNorm1d):
+    __doc__ = f"{inspect.getdoc(BatchNorm1d)}"
 
 
-class FusingBatchNorm2d(_Fusing, layers.BatchNorm2d):
-    __doc__ = f"{inspect.getdoc(layers.BatchNorm2d)}"
+class FusingBatchNorm2d(_Fusing, BatchNorm2d):
+    __doc__ = f"{inspect.getdoc(BatchNorm2d)}"
 
 
-class FusingBatchNorm3d(_Fusing, layers.BatchNorm3d):
-    __doc__ = f"{inspect.getdoc(layers.BatchNorm3d)}"
+class FusingBatchNorm3d(_Fusing, BatchNorm3d):
+    __doc__ = f"{inspect.getdoc(BatchNorm3d)}"
 
 
-class FusingLazyBatchNorm1d(_Fusing, layers.LazyBatchNorm1d):
-    __doc__ = f"{inspect.getdoc(layers.LazyBatchNorm1d)}"
+class FusingLazyBatchNorm1d(_Fusing, LazyBatchNorm1d):
+    __doc__ = f"{inspect.getdoc(LazyBatchNorm1d)}"
     cls_to_become = FusingBatchNorm1d
 
 
-class FusingLazyBatchNorm2d(_Fusing, layers.LazyBatchNorm2d):
-    __doc__ = f"{inspect.getdoc(layers.LazyBatchNorm2d)}"
+class FusingLazyBatchNorm2d(_Fusing, LazyBatchNorm2d):
+    __doc__ = f"{inspect.getdoc(LazyBatchNorm2d)}"
     cls_to_become = FusingBatchNorm2d
 
 
-class FusingLazyBatchNorm3d(_Fusing, layers.LazyBatchNorm3d):
-    __doc__ = f"{inspect.getdoc(layers.LazyBatchNorm3d)}"
+class FusingLazyBatchNorm3d(_Fusing, LazyBatchNorm3d):
+    __doc__ = f"{inspect.getdoc(LazyBatchNorm3d)}"
     cls_to_become = FusingBatchNorm3d
 
 
 FUSING: dict[type[nn.Module], type[nn.Module]] = {
-    layers.BatchNorm1d: FusingBatchNorm1d,
-    layers.BatchNorm2d: FusingBatchNorm2d,
-    layers.BatchNorm3d: FusingBatchNorm3d,
-    layers.LazyBatchNorm1d: FusingLazyBatchNorm1d,
-    layers.LazyBatchNorm2d: FusingLazyBatchNorm2d,
-    layers.LazyBatchNorm3d: FusingLazyBatchNorm3d,
+    BatchNorm1d: FusingBatchNorm1d,
+    BatchNorm2d: FusingBatchNorm2d,
+    BatchNorm3d: FusingBatchNorm3d,
+    LazyBatchNorm1d: FusingLazyBatchNorm1d,
+    LazyBatchNorm2d: FusingLazyBatchNorm2d,
+    LazyBatchNorm3d: FusingLazyBatchNorm3d,
 }
 for _layer, _fusing in FUSING.items():
     _fusing.__name__ = _layer.__name__  # for printed models, errors, and code that goes by it
