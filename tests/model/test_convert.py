@@ -870,6 +870,25 @@ def test_nothing_is_kept_alive() -> None:
     assert [reference() for reference in references] == [None, None]
 
 
+@torch.no_grad()
+def test_the_input_is_freed_as_soon_as_the_layer_has_run(runs: list[Any]) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.c1(x)
+        if type(y) is Tensor:  # and not while it is traced
+            inputs.append(weakref.ref(y))
+        y = m.b1(y)
+        z = F.relu(y, inplace=True)
+        freed.append(bool(inputs) and inputs[-1]() is None)
+        return z
+
+    inputs: list[Any] = []
+    freed: list[bool] = []
+    convert(model := block(forward).eval())(images())
+    assert runs == [(False, "relu")]
+    assert freed[-1]
+    assert fusing(model) == ["b1"]
+
+
 @pytest.mark.parametrize("name", ["resnet basic", "resnet functional", "mobilenet v3", "densenet", "u-net"])
 def test_memory_efficient_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchnorm.kernels.cpu.SMALLEST", 1)

@@ -190,7 +190,7 @@ class Waiting(Tensor):
                 y = first._finish(activation.name)
                 if y is not None:
                     if activation.in_place:
-                        first._value = y
+                        first._settle(y)
                     return y
         if function in _ADDS and len(args) == 2 and not kwargs:
             added = _add(function, *args)
@@ -219,8 +219,15 @@ class Waiting(Tensor):
     def _tensor(self) -> Tensor:
         if self._value is None:
             with torch.set_grad_enabled(self._pass.grad):
-                self._value = self._pass.run(self._checked_residual())
+                value = self._pass.run(self._checked_residual())
+            self._settle(value)
+            return value
         return self._value
+
+    def _settle(self, value: Tensor) -> None:
+        """Be `value` from now on, and keep the layer's input alive no longer."""
+        self._value, self._residual = value, None
+        del self._pass
 
 
 def _waiting(forward: _Pass, residual: Tensor | None = None) -> Waiting:
