@@ -75,7 +75,7 @@ def convert(model: nn.Module, *, fuse: bool = True, memory_efficient: bool = Fal
     theirs = {name: m for name, m in batch_norms.items() if not isinstance(m, _BatchNorm)}
     left = {name: m for name, m in theirs.items() if not _can_be_ours(m)}
     to_ours = [m for name, m in theirs.items() if name not in left]
-    ours = [m for m in batch_norms.values() if _class(m) in FUSING]
+    ours = [m for m in batch_norms.values() if _class(m) in FUSING and m.activation is None]
     places = find(model, [*to_ours, *ours]) if fuse else {}
     _warn_of(left)
     for layer in to_ours:

@@ -50,25 +50,24 @@ from batchnorm.layers import (
 )
 from batchnorm.names import describe
 
-# How activations are called: the name of ours, and what the arguments after the input must be.
+# How activations are called: the name of ours, and the arguments after the input with what they must be.
 _ANY = object()
-_INPLACE = ("inplace", _ANY)
-_CALLS: dict[Any, tuple[str, tuple[tuple[str, Any], ...]]] = {
-    F.relu: ("relu", (_INPLACE,)),
-    F.relu6: ("relu6", (_INPLACE,)),
-    F.hardtanh: ("relu6", (("min_val", 0.0), ("max_val", 6.0), _INPLACE)),
-    F.leaky_relu: ("leaky_relu", (("negative_slope", 0.01), _INPLACE)),
-    F.elu: ("elu", (("alpha", 1.0), _INPLACE)),
-    F.gelu: ("gelu", (("approximate", "none"),)),
-    F.silu: ("silu", (_INPLACE,)),
-    F.mish: ("mish", (_INPLACE,)),
-    F.hardswish: ("hardswish", (_INPLACE,)),
-    F.hardsigmoid: ("hardsigmoid", (_INPLACE,)),
-    F.softplus: ("softplus", (("beta", 1.0), ("threshold", 20.0))),
-    F.sigmoid: ("sigmoid", ()),
-    F.tanh: ("tanh", ()),
+_CALLS: dict[Any, tuple[str, dict[str, Any]]] = {
+    F.relu: ("relu", {"inplace": _ANY}),
+    F.relu6: ("relu6", {"inplace": _ANY}),
+    F.hardtanh: ("relu6", {"min_val": 0.0, "max_val": 6.0, "inplace": _ANY}),
+    F.leaky_relu: ("leaky_relu", {"negative_slope": 0.01, "inplace": _ANY}),
+    F.elu: ("elu", {"alpha": 1.0, "inplace": _ANY}),
+    F.gelu: ("gelu", {"approximate": "none"}),
+    F.silu: ("silu", {"inplace": _ANY}),
+    F.mish: ("mish", {"inplace": _ANY}),
+    F.hardswish: ("hardswish", {"inplace": _ANY}),
+    F.hardsigmoid: ("hardsigmoid", {"inplace": _ANY}),
+    F.softplus: ("softplus", {"beta": 1.0, "threshold": 20.0}),
+    F.sigmoid: ("sigmoid", {}),
+    F.tanh: ("tanh", {}),
     **{
-        getattr(owner, name + suffix): (name, ())
+        getattr(owner, name + suffix): (name, {})
         for owner in (torch, Tensor)
         for name in ("relu", "sigmoid", "tanh")
         for suffix in ("", "_")
@@ -81,15 +80,7 @@ _MODULES = {
     nn.Hardsigmoid, nn.Softplus, nn.Sigmoid, nn.Tanh,
 }  # fmt: skip
 _ADDS = {Tensor.add, Tensor.add_, torch.add}
-_IN_PLACE = {
-    torch.relu_,
-    torch.sigmoid_,
-    torch.tanh_,
-    Tensor.relu_,
-    Tensor.sigmoid_,
-    Tensor.tanh_,
-    Tensor.add_,
-}
+_IN_PLACE = {function for function in _CALLS if function.__name__.endswith("_")}
 
 _any_global_hook = getattr(nn.modules.module, "_has_any_global_hook", lambda: False)
 
@@ -104,18 +95,16 @@ def _activation(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if function not in _CALLS:
         return None
     name, parameters = _CALLS[function]
-    if not parameters and len(args) == 1 and not kwargs:
-        return _Activation(name, function in _IN_PLACE)
-    if len(args) - 1 > len(parameters):
+    if len(args) > len(parameters) + 1:
         return None
-    given = dict(zip((parameter for parameter, _ in parameters), args[1:], strict=False)) | kwargs
-    for parameter, wanted in parameters:
-        value = given.pop(parameter, _DEFAULTS.get(parameter, wanted))
-        if wanted is not _ANY and (isinstance(value, fx.Node) or value != wanted):
-            return None
-        given_in_place = wanted is _ANY and value is not _ANY and bool(value)
-    in_place = function in _IN_PLACE or (bool(parameters) and given_in_place)
-    return None if set(given) - {"input"} else _Activation(name, in_place)
+    given = dict(zip(parameters, args[1:], strict=False)) | kwargs
+    in_place = function in _IN_PLACE or bool(given.pop("inplace", False))
+    for parameter, wanted in parameters.items():
+        if parameter != "inplace":
+            value = given.pop(parameter, _DEFAULTS.get(parameter, wanted))
+            if not isinstance(value, (int, float, str)) or value != wanted:
+                return None
+    return None if given else _Activation(name, in_place)
 
 
 class _Asking(Tensor):
@@ -128,7 +117,7 @@ class _Asking(Tensor):
         return _activation(function, args, kwargs or {})
 
 
-_NOTHING = torch.empty(0)
+_NOTHING = torch.empty(0, device="cpu", dtype=torch.float32)
 _asking = Tensor._make_subclass(_Asking, _NOTHING)
 
 
