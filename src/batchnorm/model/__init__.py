@@ -1,6 +1,7 @@
 """Verbs on whole models."""
 
 from batchnorm.model.absorb import absorb_bias
+from batchnorm.model.convert import convert, revert
 from batchnorm.model.fold import fold
 from batchnorm.model.fold_report import FoldReport
 from batchnorm.model.freeze import freeze, unfreeze
@@ -13,6 +14,7 @@ from batchnorm.model.recalibrate import recalibrate
 __all__ = [
     "FoldReport",
     "absorb_bias",
+    "convert",
     "fold",
     "freeze",
     "hold",
@@ -21,5 +23,6 @@ __all__ = [
     "parameter_groups",
     "recalibrate",
     "reset",
+    "revert",
     "unfreeze",
 ]

@@ -1,0 +1,176 @@
+"""convert and revert: torch.nn's batch norms become this package's, and again what they were.
+
+A layer changes its `__class__`, in place: it stays the same object for its hooks, its names and whoever
+else holds it. All that has to be remembered is the class it had, in an attribute of the layer itself, so a
+copy or a pickle of a converted model can be reverted too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
+
+from batchnorm.layers import (
+    _OPTIONS,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    _BatchNorm,
+)
+from batchnorm.model.fusion import FUSING, find
+from batchnorm.model.memory_efficient import memory_efficient as build_outputs_again
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+    nn.LazyBatchNorm1d: LazyBatchNorm1d,
+    nn.LazyBatchNorm2d: LazyBatchNorm2d,
+    nn.LazyBatchNorm3d: LazyBatchNorm3d,
+}
+# Attributes in `__dict__`: they are copied and pickled with their module.
+_CLASS = "_class_before_convert"
+_MEMORY_EFFICIENT = "_memory_efficient_by_convert"
+
+
+def convert(model: nn.Module, *, fuse: bool = True, memory_efficient: bool = False) -> nn.Module:
+    """Turn every torch.nn batch norm of `model` into this package's, which computes the same.
+
+    BatchNorm1d, 2d, 3d and the lazy ones, at any depth. Modules, Parameters and buffers stay the same
+    objects, with their dtype, device, training flags, hooks, names and state_dict: a layer changes its class,
+    nothing else does. With `fuse`, a batch norm followed by nothing but an activation that the layers know,
+    or by an add and such an activation, is computed together with them; the model's code is not changed, and
+    runs as before (see `batchnorm.model.fusion`). A second call adds what it asks for.
+
+    Left as they are, and named in a warning: subclasses, SyncBatchNorm, and layers with a forward or an
+    attribute of their own where this package's have one.
+
+    Args:
+        model: changed in place.
+        fuse: run batch norms together with the activations after them.
+        memory_efficient: let the backward pass build outputs again, see `memory_efficient`.
+
+    Returns:
+        model
+
+    Raises:
+        TypeError: not an nn.Module.
+        ValueError: no batch norm in the model.
+    """
+    _check_model("convert", model)
+    batch_norms = {name: m for name, m in model.named_modules() if isinstance(m, _TorchBatchNorm)}
+    if not batch_norms:
+        raise ValueError(
+            f"convert: no batch norm in this {type(model).__name__}: expected torch.nn.BatchNorm1d, 2d or 3d"
+        )
+    theirs = {name: m for name, m in batch_norms.items() if not isinstance(m, _BatchNorm)}
+    left = {name: m for name, m in theirs.items() if not _can_be_ours(m)}
+    to_ours = [m for name, m in theirs.items() if name not in left]
+    ours = [m for m in batch_norms.values() if _class(m) in FUSING and m.activation is None]
+    places = find(model, [*to_ours, *ours]) if fuse else {}
+    _warn_of(left)
+    for layer in to_ours:
+        _remember_class(layer)
+        _set_class(layer, _OURS[_class(layer)])
+        for option, default in _OPTIONS.items():
+            setattr(layer, option, default)
+    for fused, found in places.items():
+        _remember_class(fused)
+        _set_class(fused, FUSING[_class(fused)])
+        fused.__dict__["_callers"] = tuple({place.caller: None for place in found})
+        fused.__dict__["_followers"] = tuple({p.follower: None for p in found if p.follower is not None})
+    if memory_efficient:
+        hooks = len(model._forward_pre_hooks)
+        build_outputs_again(model)
+        if len(model._forward_pre_hooks) > hooks:  # else the user had asked for it before
+            model.__dict__[_MEMORY_EFFICIENT] = True
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Give back what `convert` changed: every layer its class, fusion and memory_efficient taken off.
+
+    Works on a copy of a converted model and on a part of one; a model that was never converted stays as it
+    is. A lazy layer that has started meanwhile becomes torch.nn's layer without "Lazy" in its name.
+    Options set on a layer since then (`layer.ghost_batch_size = 16`) go, Parameters and buffers stay.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        model
+
+    Raises:
+        TypeError: not an nn.Module.
+    """
+    _check_model("revert", model)
+    for module in model.modules():
+        if _CLASS in module.__dict__:
+            _restore_class(module)
+        if module.__dict__.pop(_MEMORY_EFFICIENT, False):
+            build_outputs_again(module, enabled=False)
+    return model
+
+
+def _check_model(verb: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{verb}: expected a model (torch.nn.Module), got {type(model).__name__}")
+
+
+def _can_be_ours(module: nn.Module) -> bool:
+    attributes = (
+        module.__dict__.keys() | module._modules.keys() | module._parameters.keys() | module._buffers.keys()
+    )
+    taken = {"forward", *_OPTIONS, *(f"_{option}" for option in _OPTIONS)}
+    return _class(module) in _OURS and not attributes & taken
+
+
+def _warn_of(left: Mapping[str, nn.Module]) -> None:
+    if left:
+        names = ", ".join(f"{type(module).__name__} {name!r}" for name, module in left.items())
+        warnings.warn(
+            f"convert: left as they are: {names}. They are not exactly torch.nn.BatchNorm1d, 2d or 3d, so "
+            "they may do something else",
+            stacklevel=3,
+        )
+
+
+def _class(module: nn.Module) -> type[nn.Module]:
+    """The class of `module`, below the one that torch.nn.utils.parametrize has made of it."""
+    cls = type(module)
+    return cls.__bases__[0] if is_parametrized(module) else cls
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    if is_parametrized(module):
+        # It has a class of its own, with a property for each parametrized Parameter.
+        own = {
+            k: v for k, v in type(module).__dict__.items() if k not in ("__dict__", "__weakref__", "__doc__")
+        }
+        cls = type(f"Parametrized{cls.__name__}", (cls,), own)
+    module.__class__ = cls
+
+
+def _remember_class(module: nn.Module) -> None:
+    module.__dict__.setdefault(_CLASS, _class(module))
+
+
+def _restore_class(module: nn.Module) -> None:
+    cls = module.__dict__.pop(_CLASS)
+    if issubclass(cls, LazyModuleMixin) and not isinstance(module, LazyModuleMixin):
+        cls = cls.cls_to_become  # it has seen its first input since
+    _set_class(module, cls)
+    added = {"_callers", "_followers"}
+    if not issubclass(cls, _BatchNorm):
+        added |= {*_OPTIONS, *(f"_{option}" for option in _OPTIONS)}
+    for name in added:
+        module.__dict__.pop(name, None)
