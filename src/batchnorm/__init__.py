@@ -9,7 +9,21 @@ from batchnorm.layers import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
-from batchnorm.model import hold, memory_efficient
+from batchnorm.model import (
+    FoldReport,
+    absorb_bias,
+    convert,
+    fold,
+    freeze,
+    hold,
+    load_keras,
+    memory_efficient,
+    parameter_groups,
+    recalibrate,
+    reset,
+    revert,
+    unfreeze,
+)
 from batchnorm.moments import Moments
 from batchnorm.renorm import Renorm
 
@@ -19,12 +33,23 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "FoldReport",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Moments",
     "Renorm",
+    "absorb_bias",
     "batch_norm",
+    "convert",
+    "fold",
+    "freeze",
     "hold",
+    "load_keras",
     "memory_efficient",
+    "parameter_groups",
+    "recalibrate",
+    "reset",
+    "revert",
+    "unfreeze",
 ]

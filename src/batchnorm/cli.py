@@ -16,19 +16,23 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
 from batchnorm.kernels.reference import ACTIVATIONS
 from batchnorm.lab import bench as benchmark
-from batchnorm.lab import figures, tables
+from batchnorm.lab import figures, references, tables
 from batchnorm.lab.bench import CASES, SHAPES
 from batchnorm.lab.bench_nets import measure_nets
 from batchnorm.lab.compare import compare as run_comparison
 from batchnorm.lab.data import DATASETS
+from batchnorm.lab.deploy import WRITERS
 from batchnorm.lab.machine import machine_line
 from batchnorm.lab.nets import NORMS
 from batchnorm.lab.recipes import DTYPES, MOST_THREADS, RECIPES, Config, configure
 from batchnorm.lab.run_folder import RunFolder, RunFolderError, default_output, write_atomically
 from batchnorm.lab.train import EpochResult, Training, load_dataset
+from batchnorm.model import fold as run_fold
+from batchnorm.model import recalibrate as run_recalibrate
 
 INTERRUPTED = 130
 
@@ -254,6 +258,82 @@ def _set_threads(threads: int) -> None:
     if not 1 <= threads <= MOST_THREADS:
         raise ValueError(f"threads {threads} must be from 1 to {MOST_THREADS}")
     torch.set_num_threads(threads)
+
+
+ModelReference = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="package.module:factory, a function that makes the model."),
+]
+Weights = Annotated[
+    Path | None, typer.Option(help="Its weights: safetensors, or a checkpoint of tensors.  [default: none]")
+]
+ModelData = Annotated[
+    str | None, typer.Option("--data", help=f"{_names(DATASETS)}, or package.module:loader, a function.")
+]
+Standardize = Annotated[
+    bool, typer.Option("--standardize", help="Pixels of a built-in data set with mean 0 and deviation 1.")
+]
+
+
+@app.command()
+def recalibrate(
+    model: ModelReference,
+    data: ModelData,
+    output: Annotated[Path, typer.Option(help="New file for the weights: .safetensors, .pt or .pth.")],
+    weights: Weights = None,
+    data_dir: DataDir = None,
+    batch_size: Annotated[int, typer.Option(help="Images of a built-in data set at a time.")] = 256,
+    standardize: Standardize = False,
+    max_batches: Annotated[int | None, typer.Option(help="Take so many batches.  [default: all]")] = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Layer by layer: exact for deep layers, a pass for each.")
+    ] = False,
+) -> None:
+    """Replace a model's running statistics by those of the data, and write its weights to a new file."""
+    assert data is not None  # by typer: it has no default
+    references.check_new_file("--output", output, references.WEIGHT_FILES)
+    net = _load_model(model, weights)
+    loader = references.make_loader(data, data_dir=data_dir, batch_size=batch_size, standardize=standardize)
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    run_recalibrate(net, loader, max_batches=max_batches, sequential=sequential, progress=out.is_terminal)
+    out.print(tables.moved_statistics(net, before))
+    references.write_new_file(output, references.weights_as_bytes(net, output.suffix))
+    out.print(f"recalibrated weights in {output}")
+
+
+@app.command()
+def fold(
+    model: ModelReference,
+    output: Annotated[Path, typer.Option(help=f"New file for the folded model: {_names(WRITERS)}.")],
+    weights: Weights = None,
+    example: Annotated[
+        str | None, typer.Option(help="Shape of an input, such as 1x3x224x224: normal numbers are tried.")
+    ] = None,
+    data: ModelData = None,
+    data_dir: DataDir = None,
+    standardize: Standardize = False,
+) -> None:
+    """Fold a model's batch norms into its other layers, check the result, and write it to a new file."""
+    if (example is None) == (data is None):
+        raise ValueError("give an input to check with: either --example or --data")
+    references.check_new_file("--output", output, tuple(WRITERS))
+    net = _load_model(model, weights)
+    if example is not None:
+        batch = references.example_input(example)
+    else:
+        loader = references.make_loader(data, data_dir=data_dir, standardize=standardize)  # type: ignore[arg-type]
+        batch = references.first_input(loader, str(data))
+    folded = run_fold(net, batch)
+    out.print(folded.fold_report)
+    references.write_new_file(output, WRITERS[output.suffix](folded, batch))
+    out.print(f"folded model in {output}")
+
+
+def _load_model(reference: str, weights: Path | None) -> nn.Module:
+    model = references.make_model(reference)
+    if weights is not None:
+        references.load_weights(model, weights)
+    return model
 
 
 def run(arguments: list[str] | None = None) -> int:

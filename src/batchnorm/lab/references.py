@@ -22,7 +22,8 @@ from batchnorm.lab.data import DATASETS, load
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 # Where training scripts put the model's state among other things; the last is `batchnorm train`'s.
 _MODEL_KEYS = ("state_dict", "model_state_dict", "model")
-_TORCH_SUFFIXES, _SAFETENSORS = (".pt", ".pth"), ".safetensors"
+_SAFETENSORS = ".safetensors"
+WEIGHT_FILES = (_SAFETENSORS, ".pt", ".pth")
 _NAMED = 3
 
 
@@ -60,6 +61,34 @@ def make_loader(
     if not isinstance(loader, Iterable):
         raise ValueError(f"the loader {reference} gives a {type(loader).__name__}: expected batches")
     return loader
+
+
+def first_input(loader: Iterable[Any], reference: str) -> Tensor:
+    """The model's input in the first batch: the batch, or the first of it.
+
+    Raises:
+        ValueError: there is no batch, or its first part is no tensor.
+    """
+    for batch in loader:
+        found = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(found, Tensor):
+            raise ValueError(
+                f"a batch of {reference} begins with a {type(found).__name__}: expected a tensor"
+            )
+        return found
+    raise ValueError(f"{reference} has no batch")
+
+
+def example_input(shape: str) -> Tensor:
+    """Normal numbers in a shape given as 1x3x224x224.
+
+    Raises:
+        ValueError: it is not such a shape.
+    """
+    sizes = shape.split("x")
+    if not all(re.fullmatch("[1-9][0-9]{0,8}", size) for size in sizes):
+        raise ValueError(f"example {shape!r} must be the sizes of an input, such as 1x3x224x224")
+    return torch.randn([int(size) for size in sizes], generator=torch.Generator().manual_seed(0))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from rich import box
 from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.lab import bench as benchmark
 from batchnorm.lab.bench import COMPILED, FLOOR, OURS, TORCH, Result, shape_name
@@ -69,6 +71,28 @@ def bench(results: Sequence[Result], nets: Nets | None) -> Iterator[Table | str]
     yield _rounds_line(results)
     threads = torch.get_num_threads()
     yield f"{machine_line()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def moved_statistics(model: nn.Module, before: Mapping[str, Tensor]) -> Table:
+    """How far the running statistics of each batch norm are from what its buffers were before."""
+    table = _table(
+        "running statistics, now against before",
+        "layer",
+        "channels",
+        "mean moved by\n(deviations),\nmedian",
+        "\nmost",
+        "variance\nnow / before,\nleast",
+        "\nmost",
+    )
+    for name, layer in model.named_modules():
+        if not isinstance(layer, _BatchNorm) or layer.running_mean is None or layer.running_var is None:
+            continue
+        old_mean, old_var = before[f"{name}.running_mean"], before[f"{name}.running_var"]
+        moved = (layer.running_mean - old_mean).abs() / (layer.running_var + layer.eps).sqrt()
+        ratio = layer.running_var / old_var
+        numbers = (moved.median(), moved.max(), ratio.min(), ratio.max())
+        table.add_row(name, str(layer.num_features), *(f"{number.item():.3g}" for number in numbers))
+    return table
 
 
 def _case_table(case: str, results: Sequence[Result]) -> Table:
