@@ -246,3 +246,108 @@ class _Call(Call):
                 self.plan, x, extra, grad_y, grad_x, grad_z, self.table, coefficients, activation, slope_from
             )
         return grad_x, grad_weight, grad_bias, grad_residual
+
+
+# The statistics and the application apart: what each process of several does before and after they add up
+# `Moments` (by merging them) or sums (by adding them).
+
+
+def statistics(x: Tensor, *, channel_dim: int) -> Moments:
+    """Count, mean and m2 of each channel of x, all float64; not differentiable."""
+    the_plan, launch = _plan_of(x, channel_dim), _launch()
+    table = launch.new_table(the_plan, x)
+    launch.merge(launch.take_moments(the_plan, x), table, None, None, launch.NOTHING_MOVES, 1.0)
+    return Moments(table[launch.COUNT], table[launch.MEAN], table[launch.M2])
+
+
+def apply(
+    x: Tensor,
+    moments: Moments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    channel_dim: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The output by the moments of all processes, and a table of what it was normalised by, for the backward.
+
+    Args:
+        activation: of `autograd.FUSED`.
+        residual: in the memory layout of x.
+    """
+    the_plan, launch = _plan_of(x, channel_dim), _launch()
+    partials = torch.stack([moments.count.expand_as(moments.mean), moments.mean, moments.m2]).double()
+    table = launch.new_table(the_plan, x)
+    launch.merge(partials[:, None], table, weight, bias, launch.NOTHING_MOVES, eps)
+    return launch.apply(the_plan, x, residual, table, activation), table
+
+
+def backward_sums(
+    grad_y: Tensor,
+    x: Tensor,
+    table: Tensor,
+    *,
+    channel_dim: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Sums for `backward_apply` to add up over the processes: (2, C), float64.
+
+    The first row is `sum(g)`, the gradient of the bias by this process's values, for g the gradient before
+    the activation; see `parameter_gradients` for that of the weight.
+
+    Args:
+        table: from `apply`, which has had the same other arguments.
+    """
+    the_plan, launch = _plan_of(x, channel_dim), _launch()
+    slope_from = "x" if residual is None else "residual"
+    return launch.take_sums(  # type: ignore[no-any-return]
+        the_plan, x, residual, _like(x, grad_y), table, activation, slope_from
+    ).sum(1)
+
+
+def parameter_gradients(sums: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias by these sums, float64."""
+    launch = _launch()
+    grad_weight, grad_bias = torch.empty_like(sums[0]), torch.empty_like(sums[0])
+    launch.merge_sums(sums[:, None], x, table, grad_weight, grad_bias, None)
+    return grad_weight, grad_bias
+
+
+def backward_apply(
+    grad_y: Tensor,
+    x: Tensor,
+    table: Tensor,
+    sums: Tensor,
+    *,
+    channel_dim: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and of the residual by the sums of all processes added up."""
+    the_plan, launch = _plan_of(x, channel_dim), _launch()
+    slope_from = "x" if residual is None else "residual"
+    coefficients, grad_x = torch.empty_like(sums), torch.empty_like(x)
+    grad_residual = None if residual is None else torch.empty_like(x)
+    launch.merge_sums(sums[:, None].contiguous(), x, table, None, None, coefficients)
+    launch.grad(
+        the_plan, x, residual, _like(x, grad_y), grad_x, grad_residual, table, coefficients, activation,
+        slope_from,
+    )  # fmt: skip
+    return grad_x, grad_residual
+
+
+def _like(x: Tensor, grad_y: Tensor) -> Tensor:
+    return grad_y if grad_y.stride() == x.stride() and not grad_y.is_neg() else in_layout_of(x, grad_y)
+
+
+def _plan_of(x: Tensor, channel_dim: int) -> Plan:
+    the_plan = _plan(x, channel_dim)
+    if the_plan is None:
+        raise ValueError(
+            f"expected an input that is contiguous or has its channels last, got strides {x.stride()} for shape "
+            f"{tuple(x.shape)}: make it so with x.contiguous()"
+        )
+    return the_plan

@@ -82,8 +82,9 @@ def apply(
     if mean_given is not None:
         mean = tl.load(mean_given + c, mask=there, other=0.0).to(tl.float64)
         var = tl.load(var_given + c, mask=there, other=1.0).to(tl.float64)
+        first = c < tl.where(tile == 0, channels, 0)
         mean, scale, shift = write_table(
-            c, there, there & (tile == 0), 1.0, mean, var, var, table, channels, weight, bias, eps, eps_rest
+            c, there, first, 1.0, mean, var, var, table, channels, weight, bias, eps, eps_rest
         )  # fmt: skip
     else:
         mean, scale, shift = load_statistics(table, c, there, channels)

@@ -50,7 +50,7 @@ def train(
     with _guard(x):
         forward.normalise[(cut.blocks,)](
             x, residual, y, table, weight, bias, mean, var, number, *_in_two(momentum), *_in_two(eps),
-            *_sizes(plan), *_constants(plan, cut, x), activation or "none", num_warps=cut.warps,
+            *_sizes(plan), *_constants(plan, cut, x), activation or "none", **_options(cut.warps),
         )  # fmt: skip
     return y
 
@@ -62,7 +62,7 @@ def take_moments(plan: Plan, x: Tensor) -> Tensor:
     with _guard(x):
         forward.take_moments[(cut.blocks, cut.parts)](
             x, partials, *_sizes(plan), cut.tiles, cut.across, cut.parts, *_constants(plan, cut, x),
-            num_warps=cut.warps,
+            **_options(cut.warps),
         )  # fmt: skip
     return partials
 
@@ -77,7 +77,7 @@ def merge(
     with _guard(partials):
         forward.merge_moments[(-(-channels // width),)](
             partials, table, weight, bias, mean, var, number, *_in_two(momentum), *_in_two(eps),
-            channels, parts, rows, width,
+            channels, parts, rows, width, **_options(),
         )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def apply(
     with _guard(x):
         forward.apply[(cut.blocks * cut.tiles,)](
             x, residual, y, table, weight, bias, mean, var, *_in_two(eps), *_sizes(plan), cut.blocks,
-            cut.across, *_constants(plan, cut, x), activation or "none", num_warps=cut.warps,
+            cut.across, *_constants(plan, cut, x), activation or "none", **_options(cut.warps),
         )  # fmt: skip
     return y
 
@@ -123,7 +123,7 @@ def differentiate_whole(
     with _guard(x):
         backward.differentiate_whole[(cut.blocks,)](
             x, extra, grad_y, grad_x, grad_z, table, grad_weight, grad_bias, *_sizes(plan),
-            *_constants(plan, cut, x), activation or "none", slope_from, by_batch, num_warps=cut.warps,
+            *_constants(plan, cut, x), activation or "none", slope_from, by_batch, **_options(cut.warps),
         )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def take_sums(
     with _guard(x):
         backward.take_sums[(cut.blocks, cut.parts)](
             x, extra, grad_y, partials, table, *_sizes(plan), cut.tiles, cut.across, cut.parts,
-            *_constants(plan, cut, x), activation or "none", slope_from, num_warps=cut.warps,
+            *_constants(plan, cut, x), activation or "none", slope_from, **_options(cut.warps),
         )  # fmt: skip
     return partials
 
@@ -160,8 +160,9 @@ def merge_sums(
     rows, width = merging(parts)
     with _guard(x):
         backward.merge_sums[(-(-channels // width),)](
-            partials, table, grad_weight, grad_bias, coefficients, channels, parts, rows, width, _wide(x)
-        )
+            partials, table, grad_weight, grad_bias, coefficients, channels, parts, rows, width, _wide(x),
+            **_options(),
+        )  # fmt: skip
 
 
 def grad(
@@ -181,7 +182,7 @@ def grad(
     with _guard(x):
         backward.grad[(cut.blocks * cut.tiles,)](
             x, extra, grad_y, grad_x, grad_z, table, coefficients, *_sizes(plan), cut.blocks, cut.across,
-            *_constants(plan, cut, x), activation or "none", slope_from, num_warps=cut.warps,
+            *_constants(plan, cut, x), activation or "none", slope_from, **_options(cut.warps),
         )  # fmt: skip
 
 
@@ -190,6 +191,11 @@ def _guard(x: Tensor) -> AbstractContextManager[None]:
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)  # type: ignore[return-value]
     return _no_guard
+
+
+def _options(warps: int = 4) -> dict[str, int]:
+    # Products are fused with sums; said aloud, because Triton is about to change what it does by default.
+    return {"num_warps": warps, "enable_fp_fusion": True}
 
 
 def _sizes(plan: Plan) -> tuple[int, int, int]:
