@@ -42,7 +42,12 @@ def main():
     for rows, capability, data, parameters in [(False, 80, "fp32", "fp32"), (True, 90, "bf16", "bf16")]:
         shape = {"ROWS": rows, "HEIGHT": 16, "WIDTH": 32, "WIDE": tl.float32}
         dtypes = (capability, data, parameters)
-        for activation, slope_from in [("gelu", "x"), ("mish", "residual"), ("relu6", "output"), ("elu", "x")]:
+        for activation, slope_from in [
+            ("gelu", "x"),
+            ("mish", "residual"),
+            ("relu6", "output"),
+            ("elu", "x"),
+        ]:
             applied = shape | {"ACTIVATION": activation}
             sliding = applied | {"SLOPE_FROM": slope_from}
             no_extra = ("extra",) if slope_from == "x" else ()

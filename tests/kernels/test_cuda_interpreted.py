@@ -22,7 +22,8 @@ from batchnorm.recipes import Recording
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, not in the interpreter"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="here test_cuda.py runs them on the GPU"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's: NumPy about inf and NaN
 ]
 
 EPS = 1e-5
@@ -149,14 +150,15 @@ def check(shape, dtype=torch.float32, activation=None, with_residual=False, runn
 # Shapes on both sides of every block, and each way to go about them.
 
 
-@pytest.mark.parametrize("positions", [1, 7, 31, 32, 33, 70])
-@pytest.mark.parametrize("samples", [2, 3])
+@pytest.mark.parametrize(
+    ("samples", "positions"), [(33, 1), (2, 7), (5, 8), (3, 31), (2, 32), (3, 33), (1, 70)]
+)
 def test_contiguous_across_tiles(samples, positions):
-    check((samples, 3, positions), activation="relu")
+    check((samples, 2, positions), activation="relu")
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 5, 9])
-@pytest.mark.parametrize("rows", [2, 8, 9, 27])
+@pytest.mark.parametrize("rows", [2, 8, 19])
 def test_rows_across_tiles(rows, channels):
     check((rows, channels), activation="relu")
 
@@ -164,40 +166,47 @@ def test_rows_across_tiles(rows, channels):
 @pytest.mark.parametrize("programs", [1, 3, 100])
 def test_parts_of_a_channel(cut, programs):
     cut(tile=16, programs=programs)
-    check((3, 2, 45))
+    check((3, 1, 45))
     check((40, 3))
+
+
+@pytest.mark.parametrize(("shape", "last"), [((6, 5), False), ((3, 2, 7, 3), False), ((3, 5, 3, 3), True)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_tiles_that_hold_all_of_a_channel(cut, shape, last, dtype):
+    cut(**WHOLE)
+    assert planning.plan(torch.Size(shape), torch.empty(shape).stride(), dtype, 1, 1).whole_backward
+    check(shape, dtype, last=last, activation="relu", with_residual=True)
+    check(shape, dtype, last=last, affine=False)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     ("shape", "last", "channel_dim"),
-    [((6, 5), False, 1), ((3, 2, 7, 3), False, 1), ((3, 5, 3, 3), True, 1), ((2, 3, 2, 3, 3), True, 1),
+    [((6, 5), False, 1), ((3, 2, 7, 3), False, 1), ((3, 5, 3, 3), True, 1), ((2, 3, 2, 3, 2), True, 1),
      ((2, 5, 6), False, 2), ((3, 4, 2), False, 0)],
 )  # fmt: skip
-@pytest.mark.parametrize("whole", [False, True])
-def test_dtypes_layouts_and_affine(cut, shape, last, channel_dim, dtype, whole):
-    if whole:
-        cut(**WHOLE)
+def test_dtypes_layouts_and_affine(cut, shape, last, channel_dim, dtype):
+    cut(tile=64)
     check(shape, dtype, last=last, channel_dim=channel_dim, activation="relu", with_residual=True)
     check(shape, dtype, last=last, channel_dim=channel_dim, affine=False, running=True)
     check(shape, dtype, last=last, channel_dim=channel_dim, affine=False)
 
 
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, "softplus"])
-@pytest.mark.parametrize("whole", [False, True])
-def test_activations(cut, activation, whole):
-    cut(**WHOLE if whole else {"tile": 64})
+def test_activations(cut, activation):
+    cut(tile=4096)
     for with_residual in (False, True):
         check((3, 2, 5, 5), torch.float32, activation, with_residual)
-        check((3, 2, 5, 5), torch.bfloat16, activation, with_residual, running=True, last=True)
+        if activation in FUSED:  # else it is torch that rounds once more
+            check((3, 2, 5, 5), torch.bfloat16, activation, with_residual, running=True, last=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_over_the_whole_line(cut, activation, dtype):
-    cut(tile=1 << 18)
+    cut(tile=1 << 14)
     z = torch.cat(
-        [torch.linspace(-120, 120, 10_001), torch.randn(1000) * 1e-4, torch.tensor([-0.0, 1e30, -1e30])]
+        [torch.linspace(-120, 120, 8_001), torch.randn(1000) * 1e-4, torch.tensor([-0.0, 1e30, -1e30])]
     )
     z = z.to(dtype)[:, None].requires_grad_()
     mean, var = torch.zeros(1, dtype=dtype), torch.full((1,), 1 - 1e-12, dtype=dtype)
@@ -217,13 +226,12 @@ def test_activations_over_the_whole_line(cut, activation, dtype):
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1, 2), (1,), (2,), (3,), (0, 3), (0, 1, 2, 3)])
-@pytest.mark.parametrize("activation", [None, "relu", "silu"])
-@pytest.mark.parametrize("running", [False, True])
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize(("running", "whole"), [(False, False), (False, True), (True, False)])
 def test_gradients_of_some_inputs(cut, wanted, activation, running, whole):
-    cut(**WHOLE if whole else {"tile": 64})
-    x, weight, bias, residual, grad = inputs((4, 3, 9), torch.float64)
-    statistics = (torch.randn(3).double(), torch.rand(3).double() + 1) if running else None
+    cut(**WHOLE if whole else {"tile": 32})
+    x, weight, bias, residual, grad = inputs((4, 2, 9), torch.float64)
+    statistics = (torch.randn(2).double(), torch.rand(2).double() + 1) if running else None
     expected = by_definition(x, weight, bias, residual, grad, activation, running=statistics)[3:]
     leaves = [t.clone().requires_grad_(k in wanted) for k, t in enumerate((x, weight, bias, residual))]
     options = {"eps": EPS, "channel_dim": 1, "activation": activation, "residual": leaves[3]}
@@ -262,9 +270,12 @@ def test_one_sample_far_from_the_others(cut):
     x[0] = 0  # shifted sums would take this for the mean
     _, moments = cuda.training(x, None, None, eps=EPS, channel_dim=1)
     torch.testing.assert_close(moments.var(), x.double().var((0, 2), correction=0), rtol=1e-6, atol=0)
-    ahead = torch.cat([torch.zeros(1, 2, 32), torch.randn(60, 2, 32) + 1e4])
+    ahead = torch.cat([torch.zeros(1, 2, 32), torch.randn(30, 2, 32) + 1e4])
     torch.testing.assert_close(
-        cuda.statistics(ahead, channel_dim=1).var(), ahead.double().var((0, 2), correction=0), rtol=1e-6, atol=0
+        cuda.statistics(ahead, channel_dim=1).var(),
+        ahead.double().var((0, 2), correction=0),
+        rtol=1e-6,
+        atol=0,
     )
 
 
@@ -273,7 +284,7 @@ HARD = [((3, 2, 6, 6), False), ((3, 3, 6, 6), True)]
 
 @pytest.mark.parametrize(("shape", "last"), HARD)
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("constant", [0.0, 1e-41, 0.1, 1.7e10, 3e38])
+@pytest.mark.parametrize("constant", [0.0, 1e-41, 0.1, 1e18])
 def test_a_constant_has_no_variance(cut, shape, last, whole, constant):
     if whole:
         cut(**WHOLE)
@@ -286,9 +297,8 @@ def test_a_constant_has_no_variance(cut, shape, last, whole, constant):
 
 
 @pytest.mark.parametrize(("shape", "last"), HARD)
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("whole", "activation"), [(False, "relu"), (True, "relu"), (False, None)])
 @pytest.mark.parametrize("kind", ["nan", "inf", "both infs", "one nan", "one inf"])
-@pytest.mark.parametrize("activation", [None, "relu"])
 def test_nan_and_inf_go_where_torch_lets_them(cut, shape, last, whole, kind, activation):
     cut(**WHOLE if whole else {"tile": 64})
     x, weight, bias, _, grad = inputs(shape, last=last)
@@ -394,7 +404,8 @@ def test_an_output_is_built_again_to_the_bit(cut, whole, with_residual):
     assert leaf.grad.isfinite().all()
 
 
-def test_double_backward():
+def test_double_backward(cut):
+    cut(tile=4096)
     for shape in [(3, 2, 4), (6, 3)]:
         x, weight, bias, residual, _ = inputs(shape, torch.float64)
         leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
@@ -428,7 +439,7 @@ def test_gradients_in_another_layout_and_expanded():
 
 
 def test_the_same_bits_every_time():
-    x, weight, bias, residual, grad = inputs((5, 3, 40))
+    x, weight, bias, residual, grad = inputs((5, 2, 20))
     first, second = (by_kernel(x, weight, bias, residual, grad, "gelu") for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
@@ -535,13 +546,15 @@ def test_layers_by_these_kernels(monkeypatch):
     ours.eval()
     theirs.eval()
     torch.testing.assert_close(ours(x), torch.relu(theirs(x)))
-    functional, mean, _ = bn.batch_norm(x, running_mean=torch.zeros(3), running_var=torch.ones(3), activation="relu")
-    torch.testing.assert_close(functional, torch.relu(torch.nn.functional.batch_norm(x, None, None, training=True)))
+    running = {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+    y, mean, _ = bn.batch_norm(x, **running, activation="relu")
+    expected = torch.nn.functional.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(y, torch.relu(expected))
     torch.testing.assert_close(mean, 0.1 * x.mean((0, 2, 3)))
 
 
 def test_kernels_compile_for_gpus():
-    """To machine code, for which Triton needs no GPU; in a process of its own, where nothing is interpreted."""
+    """To machine code, for which Triton needs no GPU; in a process where nothing is interpreted."""
     script = Path(__file__).with_name("compile_cuda.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(

@@ -29,11 +29,13 @@ def supports(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> bool:
-    """Whether the kernels take these tensors where this code is running, and should be faster than torch's."""
+    """Whether the kernels take these tensors where this code is running, and ought to be faster."""
     size, dtype, channels = x.numel(), x.dtype, x.shape[channel_dim]
     recording = recipes.is_recording() and torch.is_grad_enabled()
     # Torch reads and writes as little for a batch norm alone: what can be saved is the pass of what follows.
-    if size == 0 or ((size < planning.SMALLEST or (activation is None and residual is None)) and not recording):
+    if size == 0 or (
+        (size < planning.SMALLEST or (activation is None and residual is None)) and not recording
+    ):
         return False
     if dtype not in planning.DTYPES or not is_plain(x):
         return False
@@ -55,9 +57,7 @@ def supports(
 
 def _can_run_here() -> bool:
     return not (
-        torch._C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
+        torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0 or torch.jit.is_tracing()
     )
 
 
@@ -115,9 +115,7 @@ def training(
     """As `reference.training`."""
     call = _Call(x, channel_dim, True, eps, activation, residual)
     y = call.run(x, weight, bias, residual)
-    count = torch.full(
-        (), x.numel() // call.plan.layout.channels, dtype=torch.float64, device=x.device
-    )
+    count = torch.full((), x.numel() // call.plan.layout.channels, dtype=torch.float64, device=x.device)
     return y, Moments(count, call.table[_launch().MEAN], call.table[_launch().M2])
 
 
@@ -347,7 +345,7 @@ def _plan_of(x: Tensor, channel_dim: int) -> Plan:
     the_plan = _plan(x, channel_dim)
     if the_plan is None:
         raise ValueError(
-            f"expected an input that is contiguous or has its channels last, got strides {x.stride()} for shape "
-            f"{tuple(x.shape)}: make it so with x.contiguous()"
+            f"expected an input that is contiguous or has its channels last, got strides {x.stride()} for "
+            f"shape {tuple(x.shape)}: make it so with x.contiguous()"
         )
     return the_plan

@@ -1,4 +1,4 @@
-"""The Triton kernels of the backward pass: a block of channels in one go, or sums, their merge, and gradient."""
+"""Triton kernels of the backward pass: channels in one go, or sums, their merge, and the gradient."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def merge_sums(
     partials, table, grad_weight, grad_bias, coefficients, channels, parts,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of weight and bias by the sums of the parts, and the coefficients for `grad`: by_x, constant."""
+    """Gradients of weight and bias by the sums of the parts, and the coefficients `by_x, constant`."""
     c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     there = c < channels
     part = tl.arange(0, PARTS)

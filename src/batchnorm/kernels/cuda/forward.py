@@ -1,4 +1,4 @@
-"""The Triton kernels of the forward pass: a block of channels in one go, or moments, their merge, and apply."""
+"""Triton kernels of the forward pass: channels in one go, or moments, their merge, and the output."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def apply(
     ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """`activation((x - mean) * scale + shift + residual)` by the table, or, where given, by mean and variance,
-    which then go into the table."""
+    """`activation((x - mean) * scale + shift + residual)` by the table, or by mean and variance where
+    they are given, which then go into the table."""
     block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     c, there = channels_of(block, channels, ROWS, WIDTH)
     if mean_given is not None:

@@ -18,8 +18,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # For fewer values torch's operator is done before two or three kernels have been launched from Python.
 SMALLEST = 1 << 20
 
-# Elements of a tile, a power of 2: of those that are read one after another, and of those that stay in
-# registers between reading and writing, in the forward and in the backward (which reads two tensors and more).
+# Elements of a tile, powers of 2: of tiles that are read one after another, and of those that stay in
+# registers between reading and writing, in the forward and in the backward, which reads more tensors.
 TILE, WHOLE_FORWARD, WHOLE_BACKWARD = 4096, 16384, 8192
 # Channels side by side in a tile of rows: 64 bytes of half precision, two sectors of memory.
 ROW_CHANNELS = 32
