@@ -189,7 +189,7 @@ def grad(
 def _guard(x: Tensor) -> AbstractContextManager[None]:
     """Triton launches on the current device, which may be another than that of the tensors."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        return torch.cuda.device(x.device)  # type: ignore[return-value]
+        return torch.cuda.device(x.device)
     return _no_guard
 
 
