@@ -251,7 +251,7 @@ def test_gradients_of_some_inputs(cut, wanted, activation, running, whole):
 
 
 @pytest.mark.parametrize("offset", [1e2, 1e4])
-@pytest.mark.parametrize(("shape", "last"), [((4, 2, 20, 20), False), ((4, 6, 10, 10), True)])
+@pytest.mark.parametrize(("shape", "last"), [((4, 2, 20, 20), False), ((4, 4, 10, 10), True)])
 @pytest.mark.parametrize("whole", [False, True])
 def test_far_from_zero(cut, shape, last, offset, whole):
     cut(**WHOLE if whole else {"tile": 256})
@@ -279,7 +279,7 @@ def test_one_sample_far_from_the_others(cut):
     )
 
 
-HARD = [((3, 2, 6, 6), False), ((3, 3, 6, 6), True)]
+HARD = [((3, 2, 5, 5), False), ((3, 3, 5, 5), True)]
 
 
 @pytest.mark.parametrize(("shape", "last"), HARD)
@@ -297,7 +297,7 @@ def test_a_constant_has_no_variance(cut, shape, last, whole, constant):
 
 
 @pytest.mark.parametrize(("shape", "last"), HARD)
-@pytest.mark.parametrize(("whole", "activation"), [(False, "relu"), (True, "relu"), (False, None)])
+@pytest.mark.parametrize(("whole", "activation"), [(False, "relu"), (True, None)])
 @pytest.mark.parametrize("kind", ["nan", "inf", "both infs", "one nan", "one inf"])
 def test_nan_and_inf_go_where_torch_lets_them(cut, shape, last, whole, kind, activation):
     cut(**WHOLE if whole else {"tile": 64})
@@ -337,7 +337,7 @@ def test_a_gradient_that_is_nan_or_inf_stops_where_the_slope_is_zero(activation)
 
 
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_running_statistics_move_as_torchs(cut, dtype, whole):
     if whole:
         cut(**WHOLE)

@@ -301,9 +301,7 @@ def backward_sums(
     """
     the_plan, launch = _plan_of(x, channel_dim), _launch()
     slope_from = "x" if residual is None else "residual"
-    return launch.take_sums(
-        the_plan, x, residual, _like(x, grad_y), table, activation, slope_from
-    ).sum(1)
+    return launch.take_sums(the_plan, x, residual, _like(x, grad_y), table, activation, slope_from).sum(1)
 
 
 def parameter_gradients(sums: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
