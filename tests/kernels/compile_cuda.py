@@ -70,6 +70,25 @@ def main():
             ),
         ]  # fmt: skip
         count += len([code for code in compiled if len(code) > 0])
+    # Sizes of 1 are constants to Triton: one channel, and one position.
+    single = {"WIDE": tl.float32, "channels": 1, "positions": 1, "HEIGHT": 16, "WIDTH": 1}
+    for rows in (False, True):
+        shape = single | {"ROWS": rows}
+        applied, dtypes = shape | {"ACTIVATION": "relu"}, (90, "fp16", "fp32")
+        compiled = [
+            binary(forward.take_moments, *dtypes, **shape),
+            binary(forward.apply, *dtypes, **applied),
+            binary(forward.normalise, *dtypes, **applied),
+            binary(backward.take_sums, *dtypes, ("extra",), **applied, SLOPE_FROM="x"),
+            binary(backward.grad, *dtypes, ("extra",), **applied, SLOPE_FROM="x"),
+            binary(
+                backward.differentiate_whole, *dtypes, ("extra",), **applied, SLOPE_FROM="x", BY_BATCH=True
+            ),
+        ]  # fmt: skip
+        count += len([code for code in compiled if len(code) > 0])
+    merging = {"PARTS": 1, "WIDTH": 1, "channels": 1}
+    count += len(binary(forward.merge_moments, 90, "fp16", "fp32", **merging)) > 0
+    count += len(binary(backward.merge_sums, 90, "fp16", "fp32", **merging, WIDE=tl.float32)) > 0
     double = {"ROWS": True, "HEIGHT": 8, "WIDTH": 8, "WIDE": tl.float64, "ACTIVATION": "silu"}
     count += len(binary(forward.normalise, 90, "fp64", "fp64", **double)) > 0
     print(count, "kernels compiled")
