@@ -349,3 +349,15 @@ def test_the_clock_is_any_function() -> None:
     timings = take_turns({"a": Contender(int)}, NO_TIME, clock)
     assert timings["a"] == Timing(pytest.approx(0.05), pytest.approx(0.0), 5)
     assert calls == [1, 1, 4, 4, 4, 4, 4]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", bench.DTYPES)
+def test_on_a_gpu(dtype: str) -> None:
+    case = CASES["forward+backward relu channels_last"]
+    result = bench.measure(case, (32, 64, 56, 56), 0.1, device="cuda", dtype=dtype)
+    assert set(result.timings) == {TORCH, bench.TORCH_OTHER_LAYOUT, OURS, FLOOR}
+    assert all(timing.ms > 0 for timing in result.timings.values())
+    assert 0 < result.bandwidth < 2 * result.copy_bandwidth
+    assert result.saved_ratio < 0.6

@@ -26,8 +26,8 @@ _COSTLY = frozenset({"elu", "gelu", "silu", "mish", "sigmoid", "tanh"})
 
 # For fewer values torch's operator is done before an autograd function in Python has begun.
 SMALLEST = 32768
-# Channels of a row from which on torch's channels_last operator keeps up, for tensors of fewer bytes than glibc
-# maps anew each time.
+# Channels of a row from which on torch's channels_last operator keeps up, for tensors of fewer bytes than
+# glibc maps anew each time.
 NARROW, MAPPED = 128, 32 * 1024 * 1024
 
 _pack = struct.Struct(f.FORMAT).pack
