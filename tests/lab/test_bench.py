@@ -1,6 +1,7 @@
 """Benchmark: what is chosen, what is timed and counted, and the sums done with it."""
 
 import gc
+import io
 import json
 import math
 import time
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import batchnorm
-from batchnorm.lab import bench, figures
+from batchnorm.lab import bench, figures, tables
 from batchnorm.lab.bench import CASES, COMPILED, FLOOR, OURS, SHAPES, TORCH, Result, Summary
 from batchnorm.lab.bench_nets import MEMORY_EFFICIENT, NO_NORM, TAILS, ResNet18, measure_nets
 from batchnorm.lab.bench_probes import Contender, Timing, gc_paused, held_bytes, take_turns
@@ -294,3 +296,68 @@ def test_the_resnet_is_resnet_18_whichever_layers_it_has() -> None:
         logits.append(ResNet18(TAILS[name], width=4)(torch.randn(3, 3, 32, 32)))
     assert logits[0].shape == (3, 10)
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", bench.DTYPES)
+def test_tensors_of_other_dtypes_and_float32_layers(dtype: str) -> None:
+    case = CASES["forward+backward residual relu"]
+    result = bench.measure(case, (2, 3, 4, 5), NO_TIME, dtype=dtype)
+    inputs, gradient = bench.data(case, (2, 3, 4, 5), dtype=bench.DTYPES[dtype])
+    assert gradient is not None
+    assert {tensor.dtype for tensor in [*inputs, gradient]} == {bench.DTYPES[dtype]}
+    assert {p.dtype for layer in bench.layers(case, (2, 3)) for p in layer.parameters()} == {torch.float32}
+    assert (result.dtype, result.device) == (dtype, "cpu")
+
+
+def test_bandwidth_counts_each_tensor_once_per_pass() -> None:
+    size = 1000 * 1000
+    tensors = {"forward": 2, "forward+backward relu": 5, "forward+backward residual relu": 8}
+    for case, count in tensors.items():
+        result = replace(made_up(case, (1000, 1000), torch=9, ours=2, floor=1), dtype="bfloat16")
+        assert result.bandwidth == pytest.approx(count * size * 2 / 2e-3 / 1e9)
+        copies = 5 if "backward" in case else 2
+        assert result.copy_bandwidth == pytest.approx(copies * size * 2 / 1e-3 / 1e9)
+
+
+def test_tables_of_a_gpu_say_what_share_of_a_copy() -> None:
+    result = made_up("forward+backward", (1000, 1000), torch=20, ours=8, floor=6, compiled=12)
+    result.timings[bench.TORCH_OTHER_LAYOUT] = Timing(25.0, 1.0, 7)
+    result = replace(result, device="cuda", dtype="bfloat16")
+    console = Console(width=200, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(*tables.bench([result], None), sep="\n")
+    text = captured.get()
+    assert "forward+backward bfloat16" in text
+    row = next(line.split() for line in text.splitlines() if line.strip().startswith("1000x1000"))
+    assert row[1:9] == ["20.0", "25.0", "12.0", "8.000", "6.000", "2.50", "1.33", "1"]
+    assert "75%" in row
+    assert "75% of the copies' bandwidth, torch.compile's time / ours 1.50" in text
+
+
+def test_a_gpus_shapes_are_resnet50s_at_batch_128() -> None:
+    assert {shape[0] for shape in bench.GPU_SHAPES["resnet50"]} == {128}
+    assert len(bench.GPU_SHAPES["resnet50"]) == 12
+
+
+def test_the_clock_is_any_function() -> None:
+    calls: list[int] = []
+
+    def clock(contender: Contender, count: int) -> float:
+        calls.append(count)
+        return 50e-6
+
+    timings = take_turns({"a": Contender(int)}, NO_TIME, clock)
+    assert timings["a"] == Timing(pytest.approx(0.05), pytest.approx(0.0), 5)
+    assert calls == [1, 1, 4, 4, 4, 4, 4]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", bench.DTYPES)
+def test_on_a_gpu(dtype: str) -> None:
+    case = CASES["forward+backward relu channels_last"]
+    result = bench.measure(case, (32, 64, 56, 56), 0.1, device="cuda", dtype=dtype)
+    assert set(result.timings) == {TORCH, bench.TORCH_OTHER_LAYOUT, OURS, FLOOR}
+    assert all(timing.ms > 0 for timing in result.timings.values())
+    assert 0 < result.bandwidth < 2 * result.copy_bandwidth
+    assert result.saved_ratio < 0.6

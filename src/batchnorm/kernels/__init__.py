@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from batchnorm.context import under_transform
-from batchnorm.kernels import cpu, native, reference
+from batchnorm.kernels import cpu, cuda, native, reference
 
 
 def choose(
@@ -29,6 +29,7 @@ def choose(
         return native if moving and native.supports(x, parameters) else reference
     if under_transform():
         return reference  # the only one that vmap, jvp and their like can look into
-    if cpu.supports(x, channel_dim, parameters, residual, activation):
-        return cpu
+    kernel = cuda if x.is_cuda else cpu
+    if kernel.supports(x, channel_dim, parameters, residual, activation):
+        return kernel
     return native if native.supports(x, parameters) else reference

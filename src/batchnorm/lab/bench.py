@@ -1,4 +1,4 @@
-"""Speed and memory of the layers beside torch.nn's, torch.compile's and a plain copy, in turn."""
+"""Speed and memory of the layers beside torch.nn's, torch.compile's and a plain copy, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psutil
@@ -18,10 +18,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import batchnorm
-from batchnorm.lab.bench_probes import Contender, Timing, held_bytes, take_turns
+from batchnorm.lab.bench_probes import (
+    Contender,
+    DeviceClock,
+    Timing,
+    held_bytes,
+    held_device_bytes,
+    take_turns,
+)
 from batchnorm.lab.machine import machine, versions
 
 TORCH, COMPILED, OURS, FLOOR = "torch.nn", "torch.compile", "batchnorm", "floor"
+# On a GPU, where it is the layout that decides which of torch's kernels runs.
+TORCH_OTHER_LAYOUT = "torch.nn, other layout"
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Summaries: mean speed over shapes of so many elements, mean distance to the floor over shapes of so many.
 LARGE, HUGE = 50_000, 1_000_000
@@ -46,6 +57,8 @@ SHAPES: dict[str, list[Shape]] = {
     "3d": [(2, 32, 16, 28, 28)],
     "tiny": [(16, 16, 8, 8)],
 }
+GPU_SHAPES = SHAPES | {"resnet50": [(128, channels, size, size) for channels, size in _RESNET50]}
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,15 @@ class Case:
     def fits(self, shape: Shape) -> bool:
         """Whether inputs of this shape have the case's layout."""
         return not self.channels_last or len(shape) in (4, 5)
+
+    @property
+    def tensors(self) -> int:
+        """Of the input's size that must be read or written.
+
+        Forward: x, the residual, y. Backward: x, the gradient of y and that of x; with a residual and an
+        activation also the output, which tells the slope, and the gradient of the residual.
+        """
+        return 2 + self.residual + (3 + 2 * self.residual if self.backward else 0)
 
     def memory_format(self, shape: Shape) -> torch.memory_format:
         """The layout, as torch calls it for this shape."""
@@ -91,6 +113,8 @@ class Result:
     timings: dict[str, Timing]
     saved_bytes: dict[str, int]
     note: str | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
 
     @property
     def elements(self) -> int:
@@ -108,6 +132,19 @@ class Result:
         return self.timings[OURS].ms / self.timings[FLOOR].ms
 
     @property
+    def bandwidth(self) -> float:
+        """GB/s (1e9 bytes) at which we move what any batch norm has to: each tensor once per pass."""
+        return self._bytes(CASES[self.case].tensors) / self.timings[OURS].ms / 1e6
+
+    @property
+    def copy_bandwidth(self) -> float:
+        """GB/s of the plain copies."""
+        return self._bytes(5 if CASES[self.case].backward else 2) / self.timings[FLOOR].ms / 1e6
+
+    def _bytes(self, tensors: int) -> int:
+        return tensors * self.elements * DTYPES[self.dtype].itemsize
+
+    @property
     def saved_ratio(self) -> float:
         """Bytes that we save for backward over those of torch.nn."""
         return self.saved_bytes[OURS] / self.saved_bytes[TORCH]
@@ -120,6 +157,8 @@ class Result:
             "speedup": self.speedup,
             "over_floor": self.over_floor,
             "saved_ratio": self.saved_ratio,
+            "gigabytes_per_second": self.bandwidth,
+            "copy_gigabytes_per_second": self.copy_bandwidth,
         }
 
 
@@ -133,17 +172,19 @@ class Summary:
     worst_shape: Shape
 
 
-def parse_shapes(given: str) -> list[Shape]:
-    """Comma-separated names of groups of SHAPES, or shapes as 32x64x56x56; each shape once.
+def parse_shapes(given: str, device: str = "cpu") -> list[Shape]:
+    """Comma-separated names of groups of SHAPES (on a GPU GPU_SHAPES), or shapes as 32x64x56x56; each once.
 
     Raises:
         ValueError: neither of them, or a shape that batch norm does not take or memory does not hold.
     """
     shapes: list[Shape] = []
+    groups = SHAPES if device == "cpu" else GPU_SHAPES
     for word in _words("shapes", given):
-        shapes += SHAPES[word] if word in SHAPES else [_parse_shape(word)]
+        shapes += groups[word] if word in groups else [_parse_shape(word)]
+    free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info(device)[0]
     for shape in shapes:
-        needed, free = _COPIES * 4 * math.prod(shape), psutil.virtual_memory().available
+        needed = _COPIES * 4 * math.prod(shape)
         if needed > free:
             raise ValueError(
                 f"shape {shape_name(shape)} needs about {needed / 2**30:.1f} GiB of memory and "
@@ -185,6 +226,8 @@ def bench(
     seconds: float,
     *,
     compiled: bool = False,
+    device: str = "cpu",
+    dtype: str = "float32",
     on_steps: Callable[[int], None] = lambda steps: None,
 ) -> list[Result]:
     """Measure each case with its shape.
@@ -193,24 +236,38 @@ def bench(
         pairs: from `pairs()`.
         seconds: to time each for; the large ones get a few rounds, whatever they take.
         compiled: time torch.nn's layers through torch.compile too, which takes seconds each to compile.
+        device: "cpu", or a GPU such as "cuda".
+        dtype: of DTYPES, that of the tensors; weights, biases and statistics are float32.
         on_steps: told after each that 1 more is done.
     """
     results = []
     for case, shape in pairs:
-        results.append(measure(case, shape, seconds, compiled=compiled))
+        results.append(measure(case, shape, seconds, compiled=compiled, device=device, dtype=dtype))
         on_steps(1)
     return results
 
 
-def measure(case: Case, shape: Shape, seconds: float, *, compiled: bool = False) -> Result:
+def measure(
+    case: Case,
+    shape: Shape,
+    seconds: float,
+    *,
+    compiled: bool = False,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> Result:
     """Time all contenders in turn for so many seconds, and count the bytes they save for backward."""
-    theirs, ours = layers(case, shape)
-    inputs, gradient = data(case, shape)
+    place = torch.device(device)
+    theirs, ours = layers(case, shape, place)
+    inputs, gradient = data(case, shape, place, DTYPES[dtype])
     contenders = {
         TORCH: _contender(theirs, inputs, gradient),
         OURS: _contender(ours, inputs, gradient),
         FLOOR: _floor(inputs[0], gradient),
     }
+    other = replace(case, channels_last=not case.channels_last)
+    if place.type != "cpu" and len(shape) in (4, 5):
+        contenders[TORCH_OTHER_LAYOUT] = _contender(theirs, *data(other, shape, place, DTYPES[dtype]))
     with warnings.catch_warnings():
         note = None
         if compiled:
@@ -218,9 +275,13 @@ def measure(case: Case, shape: Shape, seconds: float, *, compiled: bool = False)
             contender, note = _compiled(case, shape, inputs, gradient)
             if contender is not None:
                 contenders[COMPILED] = contender
-        timings = take_turns(contenders, seconds)
-    saved = {name: _saved_bytes(layer, case, shape) for name, layer in ((TORCH, theirs), (OURS, ours))}
-    return Result(case.name, shape, timings, saved, note)
+        clock = Contender.seconds if place.type == "cpu" else DeviceClock(place)
+        timings = take_turns(contenders, seconds, clock)
+    saved = {
+        name: _saved_bytes(layer, case, shape, place, DTYPES[dtype])
+        for name, layer in ((TORCH, theirs), (OURS, ours))
+    }
+    return Result(case.name, shape, timings, saved, note, dtype, place.type)
 
 
 def speedups(results: Sequence[Result]) -> dict[str, Summary]:
@@ -242,6 +303,18 @@ def over_floor(results: Sequence[Result]) -> Summary | None:
     worst = max(huge, key=lambda result: result.over_floor)
     mean, count = _mean([result.over_floor for result in huge])
     return Summary(mean, count, worst.over_floor, worst.shape)
+
+
+def means_on_gpu(results: Sequence[Result]) -> dict[str, tuple[float, float | None]]:
+    """By case, geometric means: our share of the copies' bandwidth, and torch.compile's time over ours."""
+    means = {}
+    for case in dict.fromkeys(result.case for result in results):
+        of_case = [result for result in results if result.case == case]
+        share = statistics.geometric_mean(result.bandwidth / result.copy_bandwidth for result in of_case)
+        timings = [result.timings for result in of_case if COMPILED in result.timings]
+        compiled, _ = _mean([timing[COMPILED].ms / timing[OURS].ms for timing in timings])
+        means[case] = share, compiled
+    return means
 
 
 def report(results: Sequence[Result], seconds: float) -> dict[str, Any]:
@@ -284,11 +357,13 @@ def _parse_shape(word: str) -> Shape:
     return shape
 
 
-def layers(case: Case, shape: Shape) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+def layers(
+    case: Case, shape: Shape, device: torch.device = _CPU
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """torch.nn's layer, with what follows it, and ours."""
     name = f"BatchNorm{max(len(shape) - 2, 1)}d"
-    ours = getattr(batchnorm, name)(shape[1], activation=case.activation)
-    return _torch_layer(case, getattr(nn, name)(shape[1])), ours
+    ours = getattr(batchnorm, name)(shape[1], activation=case.activation, device=device)
+    return _torch_layer(case, getattr(nn, name)(shape[1], device=device)), ours
 
 
 def _torch_layer(case: Case, norm: nn.Module) -> Callable[..., Tensor]:
@@ -306,12 +381,16 @@ class _ResidualReLU(nn.Module):
         return F.relu(self.norm(x) + residual)
 
 
-def data(case: Case, shape: Shape) -> tuple[list[Tensor], Tensor | None]:
+def data(
+    case: Case, shape: Shape, device: torch.device = _CPU, dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], Tensor | None]:
     """Input, residual where the case has one, and the gradient of the output where it has one."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
+    layout = case.memory_format(shape)
 
     def normal() -> Tensor:
-        return torch.empty(shape, memory_format=case.memory_format(shape)).normal_(generator=generator)
+        x = torch.empty(shape, memory_format=layout, dtype=dtype, device=device)
+        return x.normal_(generator=generator)
 
     inputs = [normal().requires_grad_() for _ in range(1 + case.residual)]
     return inputs, normal() if case.backward else None
@@ -338,8 +417,10 @@ def _compiled(
     """torch.nn's layer through torch.compile, compiled by a first call; or None and why not."""
     try:
         torch.compiler.reset()  # each shape from scratch, so that no limit on recompiling is reached
-        contender = _contender(torch.compile(layers(case, shape)[0]), inputs, gradient)
-        contender.seconds(1)
+        contender = _contender(torch.compile(layers(case, shape, inputs[0].device)[0]), inputs, gradient)
+        contender.call()
+        for leaf in contender.leaves:
+            leaf.grad = None
         return contender, None
     except Exception as error:  # whatever the compiler, or the lack of one, may raise
         return (
@@ -348,9 +429,11 @@ def _compiled(
         )
 
 
-def _saved_bytes(layer: Callable[..., Tensor], case: Case, shape: Shape) -> int:
+def _saved_bytes(
+    layer: Callable[..., Tensor], case: Case, shape: Shape, device: torch.device, dtype: torch.dtype
+) -> int:
     """Of one layer, its input included where the layer keeps it."""
-    source = torch.zeros(1, requires_grad=True)
+    source = torch.zeros(1, requires_grad=True, device=device, dtype=dtype)
 
     def forward() -> Any:
         # Copies, for which autograd keeps nothing: they live on only if the layer holds them.
@@ -360,4 +443,4 @@ def _saved_bytes(layer: Callable[..., Tensor], case: Case, shape: Shape) -> int:
         ]
         return layer(*copies).grad_fn
 
-    return held_bytes(forward)
+    return held_bytes(forward) if device.type == "cpu" else held_device_bytes(forward, device)

@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.lab import bench as benchmark
-from batchnorm.lab.bench import COMPILED, FLOOR, OURS, TORCH, Result, shape_name
+from batchnorm.lab.bench import COMPILED, FLOOR, OURS, TORCH, TORCH_OTHER_LAYOUT, Result, shape_name
 from batchnorm.lab.bench_nets import Nets
 from batchnorm.lab.compare import Comparison
 from batchnorm.lab.machine import machine_line
 
 # What `bench` times, as the headings of its tables have it.
-_TIMED = {TORCH: "ms,\ntorch\n.nn", COMPILED: "ms,\ncom-\npiled", OURS: "ms,\nours", FLOOR: "ms,\nfloor"}
+_TIMED = {
+    TORCH: "ms,\ntorch\n.nn",
+    TORCH_OTHER_LAYOUT: "other\nlay-\nout",
+    COMPILED: "ms,\ncom-\npiled",
+    OURS: "ms,\nours",
+    FLOOR: "ms,\nfloor",
+}
 
 
 def comparison(result: Comparison) -> Table:
@@ -66,6 +72,14 @@ def bench(results: Sequence[Result], nets: Nets | None) -> Iterator[Table | str]
     yield _summary_table(results)
     yield "floor: x.clone(), with backward x + gradient too; saved: what a layer keeps, its input included"
     yield _floor_line(results)
+    if results[0].device != "cpu":
+        yield (
+            "by the GPU's events, its second-level cache emptied before each call; GB/s: bytes that any "
+            "batch norm must move, each tensor once per pass; of copy: as a share of the floor's"
+        )
+        for case, (share, compiled) in benchmark.means_on_gpu(results).items():
+            beside = "" if compiled is None else f", torch.compile's time / ours {compiled:.2f}"
+            yield f"{case}, geometric means: {share:.0%} of the copies' bandwidth{beside}"
     for note, count in Counter(result.note for result in results if result.note).items():
         yield f"{note} ({count} of {len(results)})"
     yield _rounds_line(results)
@@ -97,18 +111,21 @@ def moved_statistics(model: nn.Module, before: Mapping[str, Tensor]) -> Table:
 
 def _case_table(case: str, results: Sequence[Result]) -> Table:
     timed = [name for name in _TIMED if any(name in result.timings for result in results)]
+    on_gpu = results[0].device != "cpu"
+    dtype = results[0].dtype
     table = _table(
-        case,
+        case if dtype == "float32" else f"{case} {dtype}",
         "shape",
         *(_TIMED[name] for name in timed),
         *(
             "torch/\nours",
             "ours/\nfloor",
+            *(("GB/s,\nours", "of\ncopy") if on_gpu else ()),
             "KiB\nsaved,\ntorch",
             "KiB\nsaved,\nours",
             "ours/\ntorch",
         ),
-        tight=COMPILED in timed,
+        tight=COMPILED in timed or on_gpu,
     )
     for result in results:
         saved = result.saved_bytes
@@ -117,6 +134,11 @@ def _case_table(case: str, results: Sequence[Result]) -> Table:
             *(_ms(result.timings[name].ms) if name in result.timings else "-" for name in timed),
             f"{result.speedup:.2f}",
             f"{result.over_floor:.2f}",
+            *(
+                (f"{result.bandwidth:,.0f}", f"{result.bandwidth / result.copy_bandwidth:.0%}")
+                if on_gpu
+                else ()
+            ),
             _kib(saved[TORCH]),
             _kib(saved[OURS]),
             f"{result.saved_ratio:.2f}",

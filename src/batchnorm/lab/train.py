@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from batchnorm.lab.captured import CapturedSteps
 from batchnorm.lab.data import Dataset, load
 from batchnorm.lab.handwritten import HandwrittenBatchNorm
 from batchnorm.lab.nets import LeNet
@@ -66,12 +67,26 @@ class Training:
 
         torch.manual_seed(config.seed)
         self.model = LeNet(config.norm, config.activation).to(self.device, self.dataset.train_images.dtype)
-        fused = self.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=fused)
+        fused, on_gpu = self.device.type in ("cpu", "cuda"), self.device.type == "cuda"
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=config.lr, fused=fused, capturable=on_gpu
+        )
         self.schedule = self._make_schedule()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.shuffling = torch.Generator().manual_seed(config.seed)
         self.history: list[EpochResult] = []
+        self._captured = self._make_captured() if on_gpu else None
+
+    def _make_captured(self) -> CapturedSteps | None:
+        """Steps for a CUDA graph, where nothing in them is a number of Python's that changes.
+
+        A schedule sets the optimizer's in every step, a scaler asks for one, and the hand-written layer makes
+        new tensors of its statistics.
+        """
+        if self.schedule is not None or self.scaler.is_enabled() or self._handwritten():
+            return None
+        data = self.dataset
+        return CapturedSteps(self._step, data.train_images, data.train_labels, self.config.batch_size)
 
     def _make_schedule(self) -> torch.optim.lr_scheduler.OneCycleLR | None:
         if self.config.schedule == "constant":
@@ -103,33 +118,39 @@ class Training:
     def _train(self, on_steps: Callable[[int], None]) -> Losses:
         self.model.train()
         losses = Losses(self.device)
+        order = torch.randperm(len(self.dataset.train_labels), generator=self.shuffling).to(self.device)
+        first = 0
+        if self._captured is not None:
+            total, first = self._captured.run(order, on_steps)
+            losses.add(total, self.config.batch_size, first)
         steps = 0
-        for images, labels in self._batches():
-            with (
-                torch.autocast(self.device.type, DTYPES[self.config.dtype])
-                if self.autocast
-                else nullcontext()
-            ):
-                loss = F.cross_entropy(self.model(images), labels)
-            self.optimizer.zero_grad()
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        for images, labels in self._batches(order, first):
+            losses.add(self._step(images, labels), len(labels))
             if self.schedule is not None:
                 self.schedule.step()
-            losses.add(loss.detach(), len(labels))
             steps += 1
             if steps % _STEPS_PER_REPORT == 0:
                 on_steps(_STEPS_PER_REPORT)
         on_steps(steps % _STEPS_PER_REPORT)
         return losses
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Train on a batch; its loss."""
+        with torch.autocast(self.device.type, DTYPES[self.config.dtype]) if self.autocast else nullcontext():
+            loss = F.cross_entropy(self.model(images), labels)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+    def _batches(self, order: Tensor, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of an epoch, from the `first` on."""
         data, size = self.dataset, self.config.batch_size
-        order = torch.randperm(len(data.train_labels), generator=self.shuffling).to(self.device)
         # Shuffled once per epoch, so that a batch is a view: no worker processes, no copy per step.
-        images, labels = data.train_images[order], data.train_labels[order]
-        for step in range(self.steps_per_epoch):
+        rest = order[first * size :]
+        images, labels = data.train_images[rest], data.train_labels[rest]
+        for step in range(self.steps_per_epoch - first):
             batch = slice(step * size, (step + 1) * size)
             yield images[batch], labels[batch]
 
@@ -167,6 +188,8 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._check_optimizer()
+        if self._captured is not None:
+            self._captured = self._make_captured()  # a graph would go on with the optimizer's old tensors
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
@@ -192,6 +215,7 @@ class Training:
         # torch takes any shapes here, and its fused kernel then reads and writes beyond their end.
         for group in self.optimizer.param_groups:
             group["fused"] = self.device.type in ("cpu", "cuda")
+            group["capturable"] = self.device.type == "cuda"
             for parameter in group["params"]:
                 state = self.optimizer.state.get(parameter, {})
                 for name, value in state.items():
@@ -215,12 +239,12 @@ class Losses:
         self.samples = 0
         self.batches = 0
 
-    def add(self, loss: Tensor, samples: int) -> None:
-        """Add a batch's mean loss."""
+    def add(self, loss: Tensor, samples: int, batches: int = 1) -> None:
+        """Add the mean loss of a batch of so many samples, or the sum of those of several batches."""
         self.of_samples += loss * samples
         self.of_batches += loss
-        self.samples += samples
-        self.batches += 1
+        self.samples += samples * batches
+        self.batches += batches
 
     def mean(self) -> float:
         """Per sample."""

@@ -5,32 +5,24 @@ from __future__ import annotations
 import struct
 import threading
 import warnings
-from copy import copy
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from batchnorm import recipes
-from batchnorm.kernels import reference
+from batchnorm.kernels.autograd import FUSED as FUSED
+from batchnorm.kernels.autograd import Call, in_layout_of, is_plain
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu import team
 from batchnorm.kernels.cpu.pages import empty_like
 from batchnorm.kernels.cpu.plan import DTYPES, Plan, function, plan
 from batchnorm.moments import Moments
 
-FUSED = frozenset({
-    None, "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish", "sigmoid", "hardsigmoid",
-    "tanh",
-})  # fmt: skip
-# Their slope can be told from the output, which the next layer keeps anyway, not only from the residual.
-_SLOPE_FROM_OUTPUT = frozenset({"relu", "relu6", "leaky_relu"})
 # Their gradient is kept between the two passes over it: computing it again would cost more.
 _COSTLY = frozenset({"elu", "gelu", "silu", "mish", "sigmoid", "tanh"})
-_PLAIN_TYPES = (Tensor, nn.Parameter)
 
 # For fewer values torch's operator is done before an autograd function in Python has begun.
 SMALLEST = 32768
@@ -80,13 +72,7 @@ def supports(
 
 def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether the memory of a tensor holds its numbers: kernels see addresses, not tensors."""
-    return (
-        tensor.dtype is dtype
-        and tensor.is_cpu
-        and type(tensor) in _PLAIN_TYPES
-        and tensor.layout is torch.strided
-        and not tensor.is_neg()
-    )
+    return tensor.dtype is dtype and tensor.is_cpu and is_plain(tensor)
 
 
 def _can_run_here() -> bool:
@@ -180,13 +166,10 @@ def training_and_moving(
     return call.run(x, weight, bias, residual)
 
 
-class _Call:
-    """One normalisation: what its forward leaves for its backward, besides tensors that autograd watches."""
+class _Call(Call):
+    """A normalisation by the CPU kernels."""
 
-    __slots__ = (
-        "activation", "bias", "channel_dim", "eps", "plan", "running", "slope_from", "statistics", "table",
-        "unfused", "versions", "weight",
-    )  # fmt: skip
+    __slots__ = ("plan", "running", "statistics", "table")
 
     def __init__(
         self,
@@ -197,34 +180,14 @@ class _Call:
         activation: str | None,
         residual: Tensor | None,
     ) -> None:
+        super().__init__(channel_dim, bool(statistics == f.OF_BATCH), eps, activation, residual)
         the_plan = _plan(x, channel_dim)
         assert the_plan is not None  # by `supports`
         self.plan = the_plan
-        self.channel_dim = channel_dim
         self.statistics = statistics
-        self.eps = eps
-        self.activation = activation if activation in FUSED else None
-        # What is left for torch to apply.
-        self.unfused = None if activation in FUSED else activation
         self.table = torch.empty((f.TABLE_ROWS, the_plan.channels), dtype=torch.float64)
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-        self.versions: list[int] = []
         # Addresses of the running mean, variance and counter, and the momentum.
         self.running = (0, 0, 0, 0.0)
-        if residual is None or self.activation is None:
-            self.slope_from = "x"
-        else:
-            self.slope_from = "output" if activation in _SLOPE_FROM_OUTPUT else "residual"
-
-    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        if residual is not None and residual.stride() != x.stride():
-            residual = _in_layout_of(x, residual)
-        if torch.is_grad_enabled():
-            y = _Normalise.apply(x, weight, bias, residual, self)
-        else:
-            y = self.forward(x, weight, bias, residual)
-        return y if self.unfused is None else reference.ACTIVATIONS[self.unfused](y)
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
@@ -243,11 +206,13 @@ class _Call:
         team.runner()(kernel, fields, the_plan.threads, 0)
         return y
 
-    def again(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """The output once more, to the bit."""
-        call = copy(self)
-        call.statistics, call.running = f.OF_TABLE, (0, 0, 0, 0.0)
-        return call.forward(x, None, None, residual)
+    def prepare_again(self) -> None:
+        """Let `forward` normalise by the table that it has left, and move nothing."""
+        self.statistics, self.running = f.OF_TABLE, (0, 0, 0, 0.0)
+
+    def mean_and_invstd(self) -> tuple[Tensor, Tensor]:
+        """What `forward` has normalised by, per channel."""
+        return self.table[f.MEAN], self.table[f.INVSTD]
 
     def backward(
         self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
@@ -256,8 +221,8 @@ class _Call:
         the_plan, activation = self.plan, self.activation
         wants_x, wants_weight, wants_bias, wants_residual = wanted
         if grad_y.stride() != x.stride() or grad_y.is_neg():
-            grad_y = _in_layout_of(x, grad_y)
-        by_batch = bool(self.statistics == f.OF_BATCH)
+            grad_y = in_layout_of(x, grad_y)
+        by_batch = self.by_batch
         grad_x = empty_like(x) if wants_x else None
         grad_weight = torch.empty(the_plan.channels, dtype=x.dtype) if wants_weight else None
         grad_bias = torch.empty(the_plan.channels, dtype=x.dtype) if wants_bias else None
@@ -283,102 +248,6 @@ class _Call:
             team.runner()(kernel, fields, the_plan.threads, 0)
         return grad_x, grad_weight, grad_bias, grad_residual
 
-    def backward_by_torch(
-        self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...], create_graph: bool
-    ) -> tuple[Tensor | None, ...]:
-        """As `backward`, in torch's operations: for `create_graph=True`, and for gradients under vmap."""
-        weight, bias = self.weight, self.bias
-        if self.versions != _versions(weight, bias):
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace "
-                "operation: the weight or bias of a batch norm"
-            )
-        residual = extra if self.slope_from == "residual" else None
-        # Views, so that a gradient does not go on from one of them into another that it was computed from.
-        x = x.view_as(x)
-        weight, bias, residual = (
-            tensor if tensor is None else tensor.view_as(tensor) for tensor in (weight, bias, residual)
-        )
-        if self.statistics == f.OF_BATCH:
-            z, _ = reference.training(x, weight, bias, eps=self.eps, channel_dim=self.channel_dim)
-        else:
-            invstd = self.table[f.INVSTD].to(x.dtype)
-            scale = invstd if weight is None else invstd * weight
-            z = reference.apply(x, self.table[f.MEAN], scale, bias, (self.channel_dim,))
-        if self.slope_from == "output":
-            # Piecewise linear: its slope at the output is that at z, and has no derivative of its own.
-            at_output = extra.detach().requires_grad_()  # type: ignore[union-attr]
-            y = reference.finish(at_output, self.activation, None)
-            (grad_y,) = torch.autograd.grad(y, at_output, grad_y, create_graph=create_graph)
-            y = z
-        else:
-            y = reference.finish(z, self.activation, residual)
-        inputs = (x, weight, bias, residual)
-        asked = [tensor for tensor, wants in zip(inputs, wanted, strict=True) if wants and tensor is not None]
-        found = iter(torch.autograd.grad(y, asked, grad_y, create_graph=create_graph) if asked else ())
-        gradients = [
-            next(found) if wants and tensor is not None else None
-            for tensor, wants in zip(inputs, wanted, strict=True)
-        ]
-        if wanted[3] and residual is None:
-            gradients[3] = grad_y
-        return tuple(gradients)
-
-
-class _Normalise(torch.autograd.Function):
-    """`activation((x - mean) * invstd * weight + bias + residual)`, by a `_Call`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        call: _Call,
-    ) -> Tensor:
-        y = call.forward(x, weight, bias, residual)
-        if any(ctx.needs_input_grad) and recipes.is_recording():
-            _offer(y, x, residual, call)
-        ctx.call = call
-        # Only a second derivative asks for them, so autograd is spared the watch over them.
-        call.weight, call.bias, call.versions = weight, bias, _versions(weight, bias)
-        if call.slope_from == "x":
-            ctx.save_for_backward(x)
-        else:
-            ctx.save_for_backward(x, y if call.slope_from == "output" else residual)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        call, (x, *rest) = ctx.call, ctx.saved_tensors
-        extra = rest[0] if rest else None
-        wanted, create_graph = ctx.needs_input_grad[:4], torch.is_grad_enabled()
-        if not create_graph and _has_memory(grad_y):
-            return (*call.backward(grad_y, x, extra, wanted), None)
-        with torch.enable_grad():
-            return (*call.backward_by_torch(grad_y, x, extra, wanted, create_graph), None)
-
-
-def _offer(y: Tensor, x: Tensor, residual: Tensor | None, call: _Call) -> None:
-    if residual is None:
-        recipes.offer(y, (x,), lambda x: call.again(x, None))
-    else:
-        recipes.offer(y, (x, residual), call.again)
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    """Whether there are numbers to point at: gradients under vmap have none, nor have some zeros."""
-    try:
-        return tensor.data_ptr() != 0
-    except RuntimeError:
-        return False
-
-
-def _versions(*tensors: Tensor | None) -> list[int]:
-    # A tensor made in inference mode has no version, and no gradient either.
-    return [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
-
 
 def _work_memory(numbers: int) -> int:
     """The address of scratch memory for a call of this thread: allocating it would cost a small layer as much
@@ -390,10 +259,6 @@ def _work_memory(numbers: int) -> int:
 
 
 _scratch = threading.local()
-
-
-def _in_layout_of(x: Tensor, tensor: Tensor) -> Tensor:
-    return torch.empty_like(x).copy_(tensor)
 
 
 def _address(tensor: Tensor | None) -> int:

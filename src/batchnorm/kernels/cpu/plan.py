@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from functools import cache, lru_cache
 from typing import Any
 
 import torch
 
 from batchnorm.kernels.cpu import machine_code, team
+from batchnorm.kernels.layout import layout_of
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -97,14 +97,12 @@ def plan(
     shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, channel_dim: int, threads: int
 ) -> Plan | None:
     """The plan for a tensor, or None when its memory is neither contiguous nor channels last."""
-    channels, values = shape[channel_dim], math.prod(shape)
-    order = [dim for dim in range(len(shape)) if dim != channel_dim]
-    if _is_dense(shape, strides, [*order, channel_dim]):
-        return _rows(values // channels, channels, dtype, threads)
-    if not _is_dense(shape, strides, range(len(shape))):
+    layout = layout_of(shape, strides, channel_dim)
+    if layout is None:
         return None
-    positions = math.prod(shape[channel_dim + 1 :])
-    samples = values // (channels * positions)
+    is_rows, samples, channels, positions = layout
+    if is_rows:
+        return _rows(samples, channels, dtype, threads)
     sample_parts, position_parts = _parts(samples, channels, positions, threads)
     parts = sample_parts * position_parts
     if positions <= (_SHORT_RUN if samples < _MANY else _SHORT_RUN_OF_MANY) and parts == 1:
@@ -134,16 +132,6 @@ def _rows(rows: int, channels: int, dtype: torch.dtype, threads: int) -> Plan:
         found + columns * (6 + 3 * threads),
         found,
     )
-
-
-def _is_dense(shape: torch.Size, strides: tuple[int, ...], order: Any) -> bool:
-    """Whether the memory is filled without gaps when its dimensions are walked in this order."""
-    expected = 1
-    for dim in reversed(order):
-        if shape[dim] != 1 and strides[dim] != expected:
-            return False
-        expected *= shape[dim]
-    return True
 
 
 def _parts(samples: int, channels: int, positions: int, threads: int) -> tuple[int, int]:

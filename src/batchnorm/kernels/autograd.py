@@ -1,0 +1,196 @@
+"""The autograd function around kernels that see memory, not tensors: what is saved, what is built again."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm import recipes
+from batchnorm.kernels import reference
+
+FUSED = frozenset({
+    None, "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish", "sigmoid", "hardsigmoid",
+    "tanh",
+})  # fmt: skip
+# Their slope can be told from the output, which the next layer keeps anyway, not only from the residual.
+_SLOPE_FROM_OUTPUT = frozenset({"relu", "relu6", "leaky_relu"})
+_PLAIN_TYPES = (Tensor, nn.Parameter)
+
+_C = TypeVar("_C", bound="Call")
+
+
+class Call:
+    """One normalisation: what its forward leaves for its backward, besides tensors that autograd watches.
+
+    Attributes:
+        by_batch: normalise by the moments of the batch, whose gradients count then, or by given statistics.
+        slope_from: what tells the slope of the activation: z computed from "x", that and the "residual",
+            or the "output".
+    """
+
+    __slots__ = (
+        "activation", "bias", "by_batch", "channel_dim", "eps", "slope_from", "unfused", "versions", "weight",
+    )  # fmt: skip
+
+    def __init__(
+        self, channel_dim: int, by_batch: bool, eps: float, activation: str | None, residual: Tensor | None
+    ) -> None:
+        self.channel_dim = channel_dim
+        self.by_batch = by_batch
+        self.eps = eps
+        self.activation = activation if activation in FUSED else None
+        # What is left for torch to apply.
+        self.unfused = None if activation in FUSED else activation
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.versions: list[int] = []
+        if residual is None or self.activation is None:
+            self.slope_from = "x"
+        else:
+            self.slope_from = "output" if activation in _SLOPE_FROM_OUTPUT else "residual"
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        """The output; the statistics it was normalised by stay with the call."""
+        raise NotImplementedError
+
+    def prepare_again(self) -> None:
+        """Let `forward` normalise by the statistics that it has left, and move none."""
+        raise NotImplementedError
+
+    def backward(
+        self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight, bias and residual."""
+        raise NotImplementedError
+
+    def mean_and_invstd(self) -> tuple[Tensor, Tensor]:
+        """What `forward` has normalised by, per channel."""
+        raise NotImplementedError
+
+    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        """The output, with a graph where gradients are wanted."""
+        if residual is not None and residual.stride() != x.stride():
+            residual = in_layout_of(x, residual)
+        if torch.is_grad_enabled():
+            y = _Normalise.apply(x, weight, bias, residual, self)
+        else:
+            y = self.forward(x, weight, bias, residual)
+        return y if self.unfused is None else reference.ACTIVATIONS[self.unfused](y)
+
+    def again(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The output once more, to the bit."""
+        call = copy(self)
+        call.prepare_again()
+        return call.forward(x, None, None, residual)
+
+    def backward_by_torch(
+        self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...], create_graph: bool
+    ) -> tuple[Tensor | None, ...]:
+        """As `backward`, in torch's operations: for `create_graph=True`, and for gradients under vmap."""
+        weight, bias = self.weight, self.bias
+        if self.versions != _versions(weight, bias):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace "
+                "operation: the weight or bias of a batch norm"
+            )
+        residual = extra if self.slope_from == "residual" else None
+        # Views, so that a gradient does not go on from one of them into another that it was computed from.
+        x = x.view_as(x)
+        weight, bias, residual = (
+            tensor if tensor is None else tensor.view_as(tensor) for tensor in (weight, bias, residual)
+        )
+        if self.by_batch:
+            z, _ = reference.training(x, weight, bias, eps=self.eps, channel_dim=self.channel_dim)
+        else:
+            mean, invstd = self.mean_and_invstd()
+            invstd = invstd.to(reference.statistics_dtype(x))
+            scale = invstd if weight is None else invstd * weight
+            z = reference.apply(x, mean, scale, bias, (self.channel_dim,))
+        if self.slope_from == "output":
+            # Piecewise linear: its slope at the output is that at z, and has no derivative of its own.
+            at_output = extra.detach().requires_grad_()  # type: ignore[union-attr]
+            y = reference.finish(at_output, self.activation, None)
+            (grad_y,) = torch.autograd.grad(y, at_output, grad_y, create_graph=create_graph)
+            y = z
+        else:
+            y = reference.finish(z, self.activation, residual)
+        inputs = (x, weight, bias, residual)
+        asked = [tensor for tensor, wants in zip(inputs, wanted, strict=True) if wants and tensor is not None]
+        found = iter(torch.autograd.grad(y, asked, grad_y, create_graph=create_graph) if asked else ())
+        gradients = [
+            next(found) if wants and tensor is not None else None
+            for tensor, wants in zip(inputs, wanted, strict=True)
+        ]
+        if wanted[3] and residual is None:
+            gradients[3] = grad_y
+        return tuple(gradients)
+
+
+class _Normalise(torch.autograd.Function):
+    """`activation((x - mean) * invstd * weight + bias + residual)`, by a `Call`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        call: Call,
+    ) -> Tensor:
+        y = call.forward(x, weight, bias, residual)
+        if any(ctx.needs_input_grad) and recipes.is_recording():
+            _offer(y, x, residual, call)
+        ctx.call = call
+        # Only a second derivative asks for them, so autograd is spared the watch over them.
+        call.weight, call.bias, call.versions = weight, bias, _versions(weight, bias)
+        if call.slope_from == "x":
+            ctx.save_for_backward(x)
+        else:
+            ctx.save_for_backward(x, y if call.slope_from == "output" else residual)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        call, (x, *rest) = ctx.call, ctx.saved_tensors
+        extra = rest[0] if rest else None
+        wanted, create_graph = ctx.needs_input_grad[:4], torch.is_grad_enabled()
+        if not create_graph and _has_memory(grad_y):
+            return (*call.backward(grad_y, x, extra, wanted), None)
+        with torch.enable_grad():
+            return (*call.backward_by_torch(grad_y, x, extra, wanted, create_graph), None)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor holds its numbers: kernels see addresses, not tensors."""
+    return type(tensor) in _PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_neg()
+
+
+def in_layout_of(x: Tensor, tensor: Tensor) -> Tensor:
+    """The values of `tensor` in memory that is laid out as that of `x`."""
+    return torch.empty_like(x).copy_(tensor)
+
+
+def _offer(y: Tensor, x: Tensor, residual: Tensor | None, call: Call) -> None:
+    if residual is None:
+        recipes.offer(y, (x,), lambda x: call.again(x, None))
+    else:
+        recipes.offer(y, (x, residual), call.again)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether there are numbers to point at: gradients under vmap have none, nor have some zeros."""
+    try:
+        return tensor.data_ptr() != 0
+    except RuntimeError:
+        return False
+
+
+def _versions(*tensors: Tensor | None) -> list[int]:
+    # A tensor made in inference mode has no version, and no gradient either.
+    return [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]

@@ -1,0 +1,349 @@
+"""Batch norm on the GPU in Triton: the kernels behind the signatures of `reference`, and the statistics and
+the application apart, for what goes on between them on several GPUs.
+
+Triton is imported by the first call that uses it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from batchnorm import recipes
+from batchnorm.kernels.autograd import Call, in_layout_of, is_plain
+from batchnorm.kernels.cuda import plan as planning
+from batchnorm.kernels.cuda.plan import Plan
+from batchnorm.moments import Moments
+
+
+def supports(
+    x: Tensor,
+    channel_dim: int,
+    parameters: tuple[Tensor | None, ...] = (),
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> bool:
+    """Whether the kernels take these tensors where this code is running, and ought to be faster."""
+    size, dtype, channels = x.numel(), x.dtype, x.shape[channel_dim]
+    recording = recipes.is_recording() and torch.is_grad_enabled()
+    # Torch reads and writes as little for a batch norm alone: what can be saved is the pass of what follows.
+    if size == 0 or (
+        (size < planning.SMALLEST or (activation is None and residual is None)) and not recording
+    ):
+        return False
+    if dtype not in planning.DTYPES or not is_plain(x):
+        return False
+    for parameter in parameters:
+        if parameter is not None and not (
+            is_plain(parameter)
+            and parameter.dtype in (dtype, torch.float32)
+            and parameter.device == x.device
+            and parameter.is_contiguous()
+            and parameter.numel() == channels
+        ):
+            return False
+    if residual is not None and not (
+        is_plain(residual) and residual.dtype is dtype and residual.device == x.device
+    ):
+        return False
+    return _plan(x, channel_dim) is not None and _can_run_here() and _work()
+
+
+def _can_run_here() -> bool:
+    return not (
+        torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    )
+
+
+@cache
+def _work() -> bool:
+    """Whether Triton is there and compiles; says once why not."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        x = torch.ones((1, 1, 2), device="cuda")
+        table = torch.empty((_launch().TABLE_ROWS, 1), dtype=torch.float64, device="cuda")
+        the_plan = _plan(x, 1)
+        assert the_plan is not None
+        _launch().apply(the_plan, x, None, table, None, (x[0, :, 0], x[0, :, 1]))
+    except Exception as error:  # whatever is wrong with the compiler, torch's own kernels do the work
+        warnings.warn(
+            f"batchnorm's GPU kernels cannot be compiled, torch's own do: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+@cache
+def _launch() -> ModuleType:
+    from batchnorm.kernels.cuda import launch
+
+    return launch
+
+
+def _plan(x: Tensor, channel_dim: int) -> Plan | None:
+    return planning.plan(x.shape, x.stride(), x.dtype, channel_dim, _multiprocessors(x.get_device()))
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    """How many programs run side by side: 1 on the CPU, where Triton's interpreter runs them in turn."""
+    if device < 0:
+        return 1
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def training(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    channel_dim: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Moments]:
+    """As `reference.training`."""
+    call = _Call(x, channel_dim, True, eps, activation, residual)
+    y = call.run(x, weight, bias, residual)
+    count = torch.full((), x.numel() // call.plan.layout.channels, dtype=torch.float64, device=x.device)
+    return y, Moments(count, call.table[_launch().MEAN], call.table[_launch().M2])
+
+
+def inference(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    channel_dim: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """As `reference.inference`."""
+    call = _Call(x, channel_dim, False, eps, activation, residual)
+    call.given = running_mean.detach(), running_var.detach()
+    return call.run(x, weight, bias, residual)
+
+
+def training_and_moving(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+    eps: float,
+    channel_dim: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """As `training`, and moves the running statistics in place."""
+    call = _Call(x, channel_dim, True, eps, activation, residual)
+    if running_mean is not None and running_var is not None:
+        if num_batches_tracked is not None and num_batches_tracked.device != x.device:
+            num_batches_tracked.add_(1)
+            num_batches_tracked = None
+        call.running = running_mean, running_var, num_batches_tracked, float(momentum)
+    return call.run(x, weight, bias, residual)
+
+
+class _Call(Call):
+    """A normalisation by the Triton kernels."""
+
+    __slots__ = ("from_table", "given", "plan", "running", "table")
+
+    def __init__(
+        self,
+        x: Tensor,
+        channel_dim: int,
+        by_batch: bool,
+        eps: float,
+        activation: str | None,
+        residual: Tensor | None,
+    ) -> None:
+        super().__init__(channel_dim, by_batch, eps, activation, residual)
+        the_plan = _plan(x, channel_dim)
+        assert the_plan is not None  # by `supports`
+        self.plan = the_plan
+        self.table = _launch().new_table(the_plan, x)
+        # The statistics to normalise by, if not the batch's, and those to move.
+        self.given: tuple[Tensor, Tensor] | None = None
+        self.running = _launch().NOTHING_MOVES
+        self.from_table = False
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        """The output; the table has what it was normalised by."""
+        launch, activation = _launch(), self.activation
+        if self.from_table:
+            y = launch.apply(self.plan, x, residual, self.table, activation)
+        elif self.given is not None:
+            y = launch.apply(
+                self.plan, x, residual, self.table, activation, self.given, weight, bias, self.eps
+            )
+        else:
+            y = launch.train(
+                self.plan, x, residual, self.table, weight, bias, self.running, self.eps, activation
+            )
+        # Nothing of the layer's is kept alive or read again: all that a backward needs is in the table.
+        self.given, self.running = None, launch.NOTHING_MOVES
+        return y
+
+    def prepare_again(self) -> None:
+        """Let `forward` normalise by the table that it has left, and move nothing."""
+        self.from_table = True
+
+    def mean_and_invstd(self) -> tuple[Tensor, Tensor]:
+        """What `forward` has normalised by, per channel."""
+        return self.table[_launch().MEAN], self.table[_launch().INVSTD]
+
+    def backward(
+        self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight, bias and residual."""
+        launch, activation, slope_from = _launch(), self.activation, self.slope_from
+        wants_x, wants_weight, wants_bias, wants_residual = wanted
+        if grad_y.stride() != x.stride() or grad_y.is_neg():
+            grad_y = in_layout_of(x, grad_y)
+        grad_x = torch.empty_like(x) if wants_x else None
+        grad_weight = torch.empty_like(self.weight) if wants_weight and self.weight is not None else None
+        grad_bias = torch.empty_like(self.bias) if wants_bias and self.bias is not None else None
+        grad_z = torch.empty_like(x) if wants_residual and activation is not None else None
+        grad_residual = grad_y if wants_residual and activation is None else grad_z
+        of_parameters = grad_weight is not None or grad_bias is not None
+        sums_needed = of_parameters or (wants_x and self.by_batch)
+        writes = wants_x or grad_z is not None
+        if sums_needed and writes and self.plan.whole_backward is not None:
+            launch.differentiate_whole(
+                self.plan, x, extra, grad_y, grad_x, grad_z, self.table, grad_weight, grad_bias,
+                activation, slope_from, self.by_batch,
+            )  # fmt: skip
+            return grad_x, grad_weight, grad_bias, grad_residual
+        coefficients = None
+        if sums_needed:
+            if wants_x and self.by_batch:
+                coefficients = torch.empty_like(self.table[:2])
+            partials = launch.take_sums(self.plan, x, extra, grad_y, self.table, activation, slope_from)
+            launch.merge_sums(partials, x, self.table, grad_weight, grad_bias, coefficients)
+        if writes:
+            launch.grad(
+                self.plan, x, extra, grad_y, grad_x, grad_z, self.table, coefficients, activation, slope_from
+            )
+        return grad_x, grad_weight, grad_bias, grad_residual
+
+
+# The statistics and the application apart: what each process of several does before and after they add up
+# `Moments` (by merging them) or sums (by adding them).
+
+
+def statistics(x: Tensor, *, channel_dim: int) -> Moments:
+    """Count, mean and m2 of each channel of x, all float64; not differentiable."""
+    the_plan, launch = _plan_of(x, channel_dim), _launch()
+    table = launch.new_table(the_plan, x)
+    launch.merge(launch.take_moments(the_plan, x), table, None, None, launch.NOTHING_MOVES, 1.0)
+    return Moments(table[launch.COUNT], table[launch.MEAN], table[launch.M2])
+
+
+def apply(
+    x: Tensor,
+    moments: Moments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    channel_dim: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The output by the moments of all processes, and a table of what it was normalised by, for the backward.
+
+    Args:
+        activation: of `autograd.FUSED`.
+        residual: in the memory layout of x.
+    """
+    the_plan, launch = _plan_of(x, channel_dim), _launch()
+    partials = torch.stack([moments.count.expand_as(moments.mean), moments.mean, moments.m2]).double()
+    table = launch.new_table(the_plan, x)
+    launch.merge(partials[:, None], table, weight, bias, launch.NOTHING_MOVES, eps)
+    return launch.apply(the_plan, x, residual, table, activation), table
+
+
+def backward_sums(
+    grad_y: Tensor,
+    x: Tensor,
+    table: Tensor,
+    *,
+    channel_dim: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Sums for `backward_apply` to add up over the processes: (2, C), float64.
+
+    The first row is `sum(g)`, the gradient of the bias by this process's values, for g the gradient before
+    the activation; see `parameter_gradients` for that of the weight.
+
+    Args:
+        table: from `apply`, which has had the same other arguments.
+    """
+    the_plan, launch = _plan_of(x, channel_dim), _launch()
+    slope_from = "x" if residual is None else "residual"
+    return launch.take_sums(the_plan, x, residual, _like(x, grad_y), table, activation, slope_from).sum(1)
+
+
+def parameter_gradients(sums: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias by these sums, float64."""
+    launch = _launch()
+    grad_weight, grad_bias = torch.empty_like(sums[0]), torch.empty_like(sums[0])
+    launch.merge_sums(sums[:, None], x, table, grad_weight, grad_bias, None)
+    return grad_weight, grad_bias
+
+
+def backward_apply(
+    grad_y: Tensor,
+    x: Tensor,
+    table: Tensor,
+    sums: Tensor,
+    *,
+    channel_dim: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and of the residual by the sums of all processes added up."""
+    the_plan, launch = _plan_of(x, channel_dim), _launch()
+    slope_from = "x" if residual is None else "residual"
+    coefficients, grad_x = torch.empty_like(sums), torch.empty_like(x)
+    grad_residual = None if residual is None else torch.empty_like(x)
+    launch.merge_sums(sums[:, None].contiguous(), x, table, None, None, coefficients)
+    launch.grad(
+        the_plan, x, residual, _like(x, grad_y), grad_x, grad_residual, table, coefficients, activation,
+        slope_from,
+    )  # fmt: skip
+    return grad_x, grad_residual
+
+
+def _like(x: Tensor, grad_y: Tensor) -> Tensor:
+    return grad_y if grad_y.stride() == x.stride() and not grad_y.is_neg() else in_layout_of(x, grad_y)
+
+
+def _plan_of(x: Tensor, channel_dim: int) -> Plan:
+    the_plan = _plan(x, channel_dim)
+    if the_plan is None:
+        raise ValueError(
+            f"expected an input that is contiguous or has its channels last, got strides {x.stride()} for "
+            f"shape {tuple(x.shape)}: make it so with x.contiguous()"
+        )
+    return the_plan
