@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+import batchnorm as bn
 from batchnorm import cli
 from batchnorm.cli import run
+from batchnorm.lab.nets import LeNet
+from batchnorm.lab.references import load_weights, make_loader, weights_as_bytes
 
 SHARED_DATA = Path(os.environ.get("BATCHNORM_DATA") or Path(__file__).parents[2] / "shared" / "data")
 needs_shared_data = pytest.mark.skipif(
@@ -375,3 +378,78 @@ def test_a_folder_named_like_markup_and_a_baseline_that_is_not_torch(
     assert "±" not in printed
     assert "torch" not in printed.splitlines()[4]
     assert "1 seed; results in c[d]" in printed
+
+
+def test_recalibrate_writes_a_new_file_of_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", *SMALL, "--output", "run"]) == 0
+    capsys.readouterr()
+    arguments = ["recalibrate", "batchnorm.lab.nets:LeNet", "--weights", "run/checkpoint.pt"]
+    assert run([*arguments, "--data", "digits", "--sequential", "--output", "new.safetensors"]) == 0
+    printed = capsys.readouterr().out
+    for layer in ("conv.1", "conv.5", "fc.1", "fc.4"):
+        assert layer in printed
+    found, wanted = LeNet(), LeNet()
+    load_weights(found, tmp_path / "new.safetensors")
+    load_weights(wanted, tmp_path / "run" / "checkpoint.pt")
+    bn.recalibrate(wanted, make_loader("digits"), sequential=True)
+    for (name, got), value in zip(found.state_dict().items(), wanted.state_dict().values(), strict=True):
+        assert torch.equal(got, value), name
+    content = (tmp_path / "new.safetensors").read_bytes()
+    message = wrong([*arguments, "--data", "digits", "--output", "new.safetensors"], capsys)
+    assert "nothing is overwritten" in message
+    assert (tmp_path / "new.safetensors").read_bytes() == content
+
+
+@pytest.mark.parametrize("output", ["folded.pt2", "folded.onnx"])
+def test_fold_writes_a_model_that_runs_by_itself(
+    output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if output.endswith(".onnx"):
+        pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    net = LeNet()
+    net(torch.randn(64, 1, 28, 28))  # running statistics of some data
+    (tmp_path / "net.pt").write_bytes(weights_as_bytes(net, ".pt"))
+    arguments = ["fold", "batchnorm.lab.nets:LeNet", "--weights", "net.pt", "--example", "1x1x28x28"]
+    assert run([*arguments, "--output", output]) == 0
+    printed = capsys.readouterr().out
+    assert "BatchNorm2d 'conv.1'" in printed
+    x = torch.randn(5, 1, 28, 28)
+    if output.endswith(".onnx"):
+        import onnx
+        from onnx.reference import ReferenceEvaluator
+
+        evaluator = ReferenceEvaluator(onnx.load(tmp_path / output))
+        got = torch.from_numpy(evaluator.run(None, {evaluator.input_names[0]: x.numpy()})[0])
+    else:
+        got = torch.export.load(tmp_path / output).module()(x)
+    torch.testing.assert_close(got, net.eval()(x), rtol=1e-4, atol=1e-4)
+    assert "nothing is overwritten" in wrong([*arguments, "--output", output], capsys)
+
+
+LENET = "batchnorm.lab.nets:LeNet"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["recalibrate", "LeNet", "--data", "digits", "--output", "a.pt"], "package.module:function"),
+        (["recalibrate", LENET, "--data", "x", "--output", "a.pt"], "unknown data 'x'"),
+        (["recalibrate", LENET, "--data", "digits", "--output", "a.txt"], "must end in"),
+        (["recalibrate", LENET, "--data", "digits", "--output", "a.pt", "--weights", "b.pt"], "no file b.pt"),
+        (
+            ["recalibrate", LENET, "--data", "digits", "--output", "a.pt", "--max-batches", "0"],
+            "max_batches=0",
+        ),
+        (["recalibrate", "torch.nn:Identity", "--data", "digits", "--output", "a.pt"], "no batch norm"),
+        (["fold", LENET, "--output", "a.pt2"], "either --example or --data"),
+        (["fold", LENET, "--example", "1x1x28", "--output", "a.pt2"], "Conv2d 'conv.0'"),
+        (["fold", LENET, "--example", "1x0x28", "--output", "a.pt2"], "must be the sizes of an input"),
+        (["fold", LENET, "--example", "1x1x28x28", "--output", "a.bin"], "must end in .pt2 or .onnx"),
+    ],
+)
+def test_wrong_models_weights_and_data(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert words in wrong(arguments, capsys)
+    assert list(tmp_path.iterdir()) == []

@@ -349,7 +349,7 @@ def fold(
         loader = references.make_loader(data, data_dir=data_dir, standardize=standardize)  # type: ignore[arg-type]
         batch = references.first_input(loader, str(data))
     folded = run_fold(net, batch)
-    out.print(folded.fold_report)
+    out.print(str(folded.fold_report))
     references.write_new_file(output, WRITERS[output.suffix](folded, batch))
     out.print(f"folded model in {output}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import io
 import os
 import re
@@ -31,7 +32,7 @@ def make_model(reference: str) -> nn.Module:
     """What the function `package.module:factory` returns.
 
     Raises:
-        ValueError: it cannot be found, takes arguments, fails, or returns no module.
+        ValueError: it cannot be found, takes arguments, or returns no module.
     """
     model = _call(reference, "the model")
     if not isinstance(model, nn.Module):
@@ -45,7 +46,7 @@ def make_loader(
     """Training images of a built-in data set in batches, or what `package.module:loader` returns.
 
     Raises:
-        ValueError: it cannot be found, fails, or cannot be iterated over.
+        ValueError: it cannot be found, takes arguments, or cannot be iterated over.
     """
     if reference in DATASETS:
         if batch_size < 1:
@@ -144,11 +145,18 @@ def write_new_file(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # temporary files are the user's alone
         os.link(temporary, path)
     except FileExistsError:
         raise ValueError(f"{path} is there already: nothing is overwritten") from None
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
 
 
 def _call(reference: str, what: str) -> Any:
@@ -167,9 +175,10 @@ def _call(reference: str, what: str) -> Any:
     if not callable(function):
         raise ValueError(f"{what} {reference} is a {type(function).__name__}: expected a function")
     try:
-        return function()
+        inspect.signature(function).bind()
     except TypeError as error:
-        raise ValueError(f"{what} {reference} must be a function without arguments: {error}") from error
+        raise ValueError(f"{what} {reference} must be a function without arguments: {error}") from None
+    return function()
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
