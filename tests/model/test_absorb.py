@@ -189,5 +189,5 @@ class TestFailures:
 
     def test_lazy(self) -> None:
         model = nn.Sequential(nn.LazyLinear(C), nn.BatchNorm1d(C))
-        with pytest.raises(ValueError, match="LazyLinear '0' has no parameters yet"):
+        with pytest.raises(ValueError, match="LazyLinear '0' has not seen its first input yet"):
             absorb_bias(model, ROWS)

@@ -1090,7 +1090,7 @@ def test_tracing_leaves_random_numbers_and_attributes_alone() -> None:
 
 
 def test_no_batch_norm() -> None:
-    with pytest.raises(ValueError, match="no batch norm in this Sequential"):
+    with pytest.raises(ValueError, match="no batch norm in Sequential"):
         convert(nn.Sequential(nn.Linear(2, 2), nn.InstanceNorm1d(2)))
 
 

@@ -101,7 +101,7 @@ def test_errors_change_nothing(
     [
         (nn.BatchNorm1d(C, affine=False), ValueError, "no weight for gamma"),
         (nn.BatchNorm1d(C, track_running_stats=False), ValueError, "no running statistics"),
-        (nn.LazyBatchNorm1d(), ValueError, "has no parameters yet"),
+        (nn.LazyBatchNorm1d(), ValueError, "has not seen its first input yet"),
         (nn.LayerNorm(C), TypeError, "expected a batch norm layer, got LayerNorm"),
     ],
     ids=range(4),

@@ -719,7 +719,7 @@ class TestFailures:
     @pytest.mark.parametrize("lazy", [nn.LazyBatchNorm1d, bn.LazyBatchNorm1d, lambda: nn.LazyLinear(C)])
     def test_lazy_layers(self, lazy: Callable[[], nn.Module]) -> None:
         model = nn.Sequential(nn.Sequential(lazy()), bn.BatchNorm1d(C))
-        with pytest.raises(ValueError, match=r"'0\.0' has no parameters yet: run one batch"):
+        with pytest.raises(ValueError, match=r"'0\.0' has not seen its first input yet: run one batch"):
             recalibrate(model, [torch.randn(8, C)])
         model(torch.randn(8, C))
         recalibrate(model, [torch.randn(8, C)])

@@ -2,8 +2,8 @@
 
 from batchnorm.model.absorb import absorb_bias
 from batchnorm.model.convert import convert, revert
-from batchnorm.model.fold import fold
-from batchnorm.model.fold_report import FoldReport
+from batchnorm.model.folding.fold import fold
+from batchnorm.model.folding.report import FoldReport
 from batchnorm.model.freeze import freeze, unfreeze
 from batchnorm.model.hold import hold
 from batchnorm.model.keras import load_keras

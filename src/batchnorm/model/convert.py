@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -27,6 +25,7 @@ from batchnorm.layers import (
     _BatchNorm,
 )
 from batchnorm.model.fusion import FUSING, find
+from batchnorm.model.layers import batch_norms, check_model
 from batchnorm.model.memory_efficient import memory_efficient as build_outputs_again
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
@@ -66,16 +65,11 @@ def convert(model: nn.Module, *, fuse: bool = True, memory_efficient: bool = Fal
         TypeError: not an nn.Module.
         ValueError: no batch norm in the model.
     """
-    _check_model("convert", model)
-    batch_norms = {name: m for name, m in model.named_modules() if isinstance(m, _TorchBatchNorm)}
-    if not batch_norms:
-        raise ValueError(
-            f"convert: no batch norm in this {type(model).__name__}: expected torch.nn.BatchNorm1d, 2d or 3d"
-        )
-    theirs = {name: m for name, m in batch_norms.items() if not isinstance(m, _BatchNorm)}
+    layers = batch_norms(model, "convert")
+    theirs = {name: m for name, m in layers.items() if not isinstance(m, _BatchNorm)}
     left = {name: m for name, m in theirs.items() if not _can_be_ours(m)}
     to_ours = [m for name, m in theirs.items() if name not in left]
-    ours = [m for m in batch_norms.values() if _class(m) in FUSING and m.activation is None]
+    ours = [m for m in layers.values() if _class(m) in FUSING and m.activation is None]
     places = find(model, [*to_ours, *ours]) if fuse else {}
     _warn_of(left)
     for layer in to_ours:
@@ -112,18 +106,13 @@ def revert(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: not an nn.Module.
     """
-    _check_model("revert", model)
+    check_model(model, "revert")
     for module in model.modules():
         if _CLASS in module.__dict__:
             _restore_class(module)
         if module.__dict__.pop(_MEMORY_EFFICIENT, False):
             build_outputs_again(module, enabled=False)
     return model
-
-
-def _check_model(verb: str, model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{verb}: expected a model (torch.nn.Module), got {type(model).__name__}")
 
 
 def _can_be_ours(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.model.layers import batch_norms, check_model, has_statistics
+from batchnorm.model.layers import batch_norms, check_initialized, check_model, has_statistics
 
 _WHEN_FROZEN = "_requires_grad_when_frozen"
 
@@ -37,6 +37,7 @@ def freeze(model: nn.Module, *, statistics: bool = True, affine: bool = False) -
     if not (statistics or affine):
         raise ValueError("freeze: statistics=False and affine=False freeze nothing; set one of them to True")
     layers = batch_norms(model, "freeze").values()
+    check_initialized(model, "freeze")
     with_statistics = [layer for layer in layers if statistics and has_statistics(layer)]
     with_affine = [layer for layer in layers if affine and list(layer.parameters())]
     if not (with_statistics or with_affine):

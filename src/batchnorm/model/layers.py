@@ -14,8 +14,7 @@ def batch_norms(model: nn.Module, verb: str) -> dict[str, _BatchNorm]:
 
     Raises:
         TypeError: `model` is no nn.Module.
-        ValueError: there is none, or a lazy one has not seen its first input yet; the message starts
-            with `verb`.
+        ValueError: there is none; the message starts with `verb`.
     """
     check_model(model, verb)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
@@ -24,7 +23,6 @@ def batch_norms(model: nn.Module, verb: str) -> dict[str, _BatchNorm]:
             f"{verb}: no batch norm in {type(model).__name__}: expected a model with torch.nn's or this "
             "package's batch norm layers"
         )
-    check_initialized(model, verb)
     return layers
 
 
@@ -39,7 +37,7 @@ def check_initialized(model: nn.Module, verb: str) -> None:
     for name, module in model.named_modules():
         if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
             raise ValueError(
-                f"{verb}: {quoted(module, name)} has no parameters yet: run one batch through the model first"
+                f"{verb}: {quoted(module, name)} has not seen its first input yet: run one batch through the model"
             )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from batchnorm import recipes
+from batchnorm.model.layers import check_model
 
 _hooks_enabled = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
 
@@ -42,8 +43,7 @@ def memory_efficient(model: nn.Module, enabled: bool = True) -> nn.Module:
     Raises:
         TypeError: not an nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"memory_efficient: expected a model (torch.nn.Module), got {type(model).__name__}")
+    check_model(model, "memory_efficient")
     hooks = [ours for hook in model._forward_pre_hooks.values() if (ours := _ours(hook)) is not None]
     if enabled and not hooks:
         _Hooks(model)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from batchnorm.model.freeze import is_frozen
-from batchnorm.model.layers import batch_norms, check_model, has_statistics
+from batchnorm.model.layers import batch_norms, check_initialized, check_model, has_statistics
 
 _NORMS = tuple(getattr(nn, name) for name in ("LayerNorm", "GroupNorm", "RMSNorm") if hasattr(nn, name))
 
@@ -81,11 +81,9 @@ def reset(model: nn.Module) -> nn.Module:
         ValueError: no batch norm with running statistics that are not frozen, or a lazy layer without its
             first input.
     """
-    layers = [
-        layer
-        for layer in batch_norms(model, "reset").values()
-        if has_statistics(layer) and not is_frozen(layer)
-    ]
+    found = batch_norms(model, "reset")
+    check_initialized(model, "reset")
+    layers = [layer for layer in found.values() if has_statistics(layer) and not is_frozen(layer)]
     if not layers:
         raise ValueError(
             "reset: every batch norm of the model is frozen or has no running statistics: there is nothing "

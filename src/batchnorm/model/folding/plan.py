@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import layers
-from batchnorm.model.fold_arithmetic import Affine, MultiplyAdd, ResidualActivation, shift_meets_zeros
-from batchnorm.model.fold_check import EvalSyncBatchNorm
-from batchnorm.model.fold_graph import Graphs, Path, describe, has_hooks, inherits_forward, moved
-from batchnorm.model.fold_report import Folded, NotFolded
+from batchnorm.model.folding.arithmetic import Affine, MultiplyAdd, ResidualActivation, shift_meets_zeros
+from batchnorm.model.folding.check import EvalSyncBatchNorm
+from batchnorm.model.folding.graph import Graphs, Path, has_hooks, inherits_forward, moved
+from batchnorm.model.folding.report import Folded, NotFolded
+from batchnorm.model.layers import quoted
 
 _FORWARDS = (
     _BatchNorm.forward,
@@ -240,7 +241,7 @@ class Planner:
         return dim == _channels(target, rank)
 
     def _describe(self, module: nn.Module) -> str:
-        return describe(module, self._graphs.names[module])
+        return quoted(module, self._graphs.names[module])
 
 
 def _channels_from_the_end(norm: _BatchNorm) -> int:

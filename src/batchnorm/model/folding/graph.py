@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.model.layers import quoted
+
 # A node, and the reorderings of dimensions and flattens on the way to it.
 Path = tuple[fx.Node, tuple[fx.Node, ...]]
 
@@ -162,7 +164,7 @@ class Graphs:
         """`node` in a reason."""
         module = self._module.get(node)
         if module is not None:
-            return describe(module, self.names[module])
+            return quoted(module, self.names[module])
         if node.op == "placeholder":
             return f"the input {node.target!r}"
         if node.op == "call_function":
@@ -301,11 +303,6 @@ def has_hooks(module: nn.Module) -> bool:
             module._backward_pre_hooks,
         )
     )
-
-
-def describe(module: nn.Module, name: str) -> str:
-    """Class and qualified name."""
-    return f"{type(module).__name__} {name!r}" if name else type(module).__name__
 
 
 def _operations(graph: fx.Graph) -> list[tuple[str, Any]]:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 
-from batchnorm.model import fold_check as check
-from batchnorm.model.fold_arithmetic import Weights
-from batchnorm.model.fold_graph import Calls, Graphs, describe, record_calls
-from batchnorm.model.fold_plan import Plan, Planner
-from batchnorm.model.fold_report import FoldReport, NotFolded
+from batchnorm.model.folding import check
+from batchnorm.model.folding.arithmetic import Weights
+from batchnorm.model.folding.graph import Calls, Graphs, record_calls
+from batchnorm.model.folding.plan import Plan, Planner
+from batchnorm.model.folding.report import FoldReport, NotFolded
+from batchnorm.model.layers import batch_norms, check_initialized, quoted
 
 
 def fold(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> nn.Module:
@@ -65,7 +65,8 @@ def fold(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> nn.Modul
     """
     # What torch.compile returns would compile each copy; it is a wrapper of the model's own module.
     model = getattr(model, "_orig_mod", model)
-    _check_model(model)
+    batch_norms(model, "fold")
+    check_initialized(model, "fold")
     if not tolerance > 0:
         raise ValueError(f"fold: tolerance must be above 0, got {tolerance}")
     arguments = check.as_arguments(example)
@@ -81,22 +82,6 @@ def fold(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> nn.Modul
         errors = _Errors.of(source, folded, plan, arguments, unfolded, tolerance)
     folded.fold_report = _report(plan, graphs, source, folded, errors, tolerance)  # type: ignore[assignment]
     return folded
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fold: expected a model (torch.nn.Module), got {type(model).__name__}")
-    for name, module in model.named_modules():
-        if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
-            raise ValueError(
-                f"fold: {describe(module, name)} has not seen its first input yet: run one batch through the "
-                "model first"
-            )
-    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
-        raise ValueError(
-            f"fold: {type(model).__name__} has no batch norm layer (torch.nn's or this package's) to fold; "
-            "calls of functional batch norm are not layers"
-        )
 
 
 def _run_recording(model: nn.Module, arguments: check.Example) -> tuple[Any, dict[nn.Module, Calls]]:
@@ -139,7 +124,7 @@ def _apply(plan: Plan, model: nn.Module) -> nn.Module:
     for name, folded in weights.items():
         if not folded.write():
             raise ValueError(
-                f"fold: the folded weights of {describe(model.get_submodule(name), name)} are too large for "
+                f"fold: the folded weights of {quoted(model.get_submodule(name), name)} are too large for "
                 "their dtype: fold the model in float32 and convert the copy"
             )
     for name, replacement in plan.replacements.items():
@@ -212,7 +197,7 @@ def _culprits(
         check.outputs_of(one, watched, partial(check.run_float64, one, arguments)) for one in (model, copied)
     )
     differing = [
-        describe(model.get_submodule(name), name)
+        quoted(model.get_submodule(name), name)
         for name in _in_order(model, watched)
         if not check.relative_error(wanted[name], got[name]) <= tolerance
     ]
@@ -241,13 +226,13 @@ def _report(
         multiply_adds=tuple(plan.multiply_adds),
         left_alone=(*plan.left_alone, *functional),
         untraced=tuple(
-            NotFolded(describe(module, graphs.names[module]), error)
+            NotFolded(quoted(module, graphs.names[module]), error)
             for module, error in graphs.errors.items()
             if any(isinstance(inner, _BatchNorm) for inner in module.modules())
             and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
         ),
         assumed=tuple(
-            f"{describe(module, graphs.names[module])}: {_listed(constants)}"
+            f"{quoted(module, graphs.names[module])}: {_listed(constants)}"
             for module, constants in graphs.assumed.items()
         ),
         error=errors.copy,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from batchnorm.model.fold_graph import describe
+from batchnorm.model.layers import quoted
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -248,4 +248,4 @@ def _innermost(error: Exception, model: nn.Module) -> str:
         if isinstance(owner, nn.Module) and owner in names:
             found = owner
         trace = trace.tb_next
-    return describe(found, names[found])
+    return quoted(found, names[found])

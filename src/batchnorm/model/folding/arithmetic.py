@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from batchnorm.kernels.reference import ACTIVATIONS
-from batchnorm.model.fold_graph import CONVOLUTIONS, TRANSPOSED
+from batchnorm.model.folding.graph import CONVOLUTIONS, TRANSPOSED
 
 
 class Affine(NamedTuple):

@@ -1,0 +1,1 @@
+"""fold: a deployment copy of a model without batch norm."""
