@@ -1,0 +1,301 @@
+"""Batch norm over the processes of a group: one all-reduce forward, one backward, of sums in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from batchnorm import checks
+from batchnorm.context import under_transform, values_can_be_read
+from batchnorm.kernels import reference
+from batchnorm.moments import Moments, take
+from batchnorm.names import describe
+from batchnorm.renorm import Renorm
+
+
+class Group:
+    """A process group in a layer: copies of the layer share it, a pickle cannot hold it."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __repr__(self) -> str:
+        return f"<ranks {dist.get_process_group_ranks(self.group)}>"
+
+    def __deepcopy__(self, memo: Any) -> Group:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a layer with a process group as its sync cannot be pickled, because a group lives in its process "
+            "only: save model.state_dict(), or set layer.sync = True (the default group) first"
+        )
+
+
+def parse(value: Any) -> bool | Group:
+    """What a layer keeps of `value`, its `sync`: False, True (the default group) or a process group."""
+    if isinstance(value, bool):
+        return value
+    if dist.is_available():
+        if value is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                "this process is not a member of the process group given as sync: give each process a group "
+                "that it is in (torch.distributed.new_subgroups), or False"
+            )
+        if isinstance(value, dist.ProcessGroup):
+            return Group(value)
+    raise TypeError(
+        f"sync={value!r} is not understood: expected True (the default process group), False, or a "
+        "torch.distributed process group"
+    )
+
+
+def group_of(sync: bool | Group) -> Any:
+    """The process group to communicate with, or None where there is no other process."""
+    if sync is False or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.group.WORLD if sync is True else sync.group
+    return group if dist.get_world_size(group) > 1 else None
+
+
+class Processes(NamedTuple):
+    """The processes of a group, and who adds numbers over them."""
+
+    group: Any
+    caller: str
+
+    @classmethod
+    def of(cls, group: Any, layer: nn.Module) -> Processes:
+        """For a layer. Its name is looked up once: in a backward pass no model is on the stack."""
+        name = _names.get(layer)
+        if name is None:
+            name = _names[layer] = describe(layer)
+        return cls(group, name)
+
+    def add(self, numbers: Tensor) -> Tensor:
+        """Replace `numbers` by their sum over the processes.
+
+        Raises:
+            RuntimeError: the collective failed, for example because a process left early.
+        """
+        try:
+            dist.all_reduce(numbers, group=self.group)
+        except RuntimeError as error:
+            ranks = dist.get_process_group_ranks(self.group)
+            raise RuntimeError(
+                f"{self.caller}: the all-reduce over the processes of ranks {ranks} failed on rank "
+                f"{dist.get_rank()}. Has one left the loop early, or failed? All must run the same layers "
+                "equally often; one that is out of data takes part with an empty batch, x[:0]. The "
+                f"backend says: {error}"
+            ) from error
+        return numbers
+
+
+_names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes; the gradient of the sum of every process's loss is summed in turn."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor, processes: Processes) -> Tensor:
+        ctx.processes = processes
+        return processes.add(numbers.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Sum.apply(grad, ctx.processes), None
+
+
+def add_moments(moments: Moments, processes: Processes, shared_count: bool) -> Moments:
+    """The moments of every process's values together, by one all-reduce.
+
+    What is added is `(n, n*mean, m2 + n*mean**2)`, 2C+1 numbers in float64 (3C where channels have counts of
+    their own). The subtraction that follows costs the variance a relative error of about
+    `1e-16 * (mean/std)**2`, which is less than what the rounding of float32 inputs has done to it already.
+    """
+    mean, dtype = moments.mean, moments.count.dtype
+    count = moments.count.reshape(-1)[:1] if shared_count else moments.count.expand_as(mean)
+    first = moments.count * mean
+    sums = processes.add(torch.cat([count, first, moments.m2.to(dtype) + first * mean]))
+    channels = mean.numel()
+    count, first, second = sums.split([sums.numel() - 2 * channels, channels, channels])
+    mean = first / count.where(count > 0, 1)
+    m2 = (second - first * mean).clamp_min(0)
+    return Moments(count.reshape(()).clone() if shared_count and channels else count.clone(), mean, m2)
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    group: Any,
+    layer: nn.Module,
+    *,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    renorm: Renorm | None,
+    channel_dim: int,
+) -> tuple[Tensor, Moments]:
+    """The output for this process's batch, and the moments of every process's batch together.
+
+    As `functional.normalize` in training on one process that is given the batches of all, for any number
+    of samples per process, none included. Twice differentiable: the gradient of a process's inputs is that
+    of the sum of every process's loss, the gradients of weight and bias are this process's own.
+    """
+    processes = Processes.of(group, layer)
+    if under_transform():
+        raise RuntimeError(
+            f"{processes.caller}: a torch.func transform cannot look into the all-reduce of a synchronised "
+            "layer: set layer.sync = False, or take gradients with torch.autograd"
+        )
+    if mask is not None and mask.requires_grad:
+        raise ValueError("a synchronised layer has no gradient for its mask: pass mask.detach()")
+
+    def correction(moments: Moments) -> tuple[Tensor, Tensor] | None:
+        if renorm is None:
+            return None
+        assert running_mean is not None and running_var is not None  # by the layer
+        one = torch.ones_like(moments.mean)
+        return renorm.correct(one, None, moments, running_mean, running_var, None, eps)
+
+    call = _Call(processes, eps, channel_dim, correction)
+    y, count, mean, m2 = _Normalise.apply(x, weight, bias, mask, call)
+    return reference.finish(y, activation, residual), Moments(count, mean.detach(), m2.detach())
+
+
+class _Call(NamedTuple):
+    """What a normalisation needs besides tensors."""
+
+    processes: Processes
+    eps: float
+    channel_dim: int
+    correction: Callable[[Moments], tuple[Tensor, Tensor] | None]
+
+
+class _Normalise(torch.autograd.Function):
+    """`(x - mean) / sqrt(m2 / count + eps) * weight + bias`, and the count, mean and m2.
+
+    The mean and m2 are outputs that have gradients, so that the operations of the backward pass, which start
+    from them, are differentiable once more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, call: _Call
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dims = tuple(dim for dim in range(x.ndim) if dim != call.channel_dim)
+        shared_count = mask is None or _size_along(mask, call.channel_dim, x.ndim) == 1
+        moments = add_moments(take(x, dims, mask), call.processes, shared_count)
+        _check_count(moments.count, x, mask)
+        ctx.call, ctx.correction = call, call.correction(moments)
+        gain, shift = _gain_and_shift(moments.var(), weight, bias, ctx.correction, call.eps)
+        scale = gain if weight is None else gain * weight
+        centred, rest = _centre(x, moments.mean, call.channel_dim)
+        shift = -rest * scale if shift is None else shift - rest * scale
+        y = centred.mul_(_along(scale, centred, call)).add_(_along(shift, centred, call)).to(x.dtype)
+        ctx.save_for_backward(x, weight, mask, moments.count, moments.mean, moments.m2)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(moments.count)
+        return y, moments.count, moments.mean, moments.m2
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_y: Tensor | None, _: None, grad_mean: Tensor | None, grad_m2: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, mask, count, mean, m2 = ctx.saved_tensors
+        call = ctx.call
+        count = count.where(count > 0, 1)  # no process has a value: nothing to divide
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_mean = torch.zeros_like(mean) if grad_mean is None else grad_mean
+        grad_m2 = torch.zeros_like(m2) if grad_m2 is None else grad_m2
+        gain, _ = _gain_and_shift(m2 / count, weight, None, ctx.correction, call.eps)
+        scale = gain if weight is None else gain * weight
+        centred, rest = _centre(x, mean, call.channel_dim)
+        grad_weight = grad_bias = grad_x = None
+        if grad_y is not None:
+            dims = tuple(dim for dim in range(x.ndim) if dim != call.channel_dim)
+            grad_y = grad_y.to(centred.dtype)
+            by_grad = grad_y.sum(dims).to(mean.dtype)
+            by_x = (grad_y * centred).sum(dims).to(mean.dtype) - rest * by_grad
+            if wants_weight:
+                grad_weight = by_x * gain
+                if ctx.correction is not None:
+                    grad_weight = grad_weight + by_grad * ctx.correction[1]
+            if wants_bias:
+                grad_bias = by_grad
+            grad_mean = grad_mean - scale * by_grad
+            grad_m2 = grad_m2 - scale * by_x / (2 * (m2 + call.eps * count))
+        if wants_x:
+            sums = _Sum.apply(torch.cat([grad_mean, grad_m2]), call.processes)
+            grad_mean, grad_m2 = sums.split(mean.numel())
+            slope = 2 * grad_m2
+            constant = grad_mean / count - slope * rest
+            grad_x = centred * _along(slope, centred, call) + _along(constant, centred, call)
+            if mask is not None:
+                grad_x = (grad_x * mask.to(grad_x.dtype)).where(mask != 0, 0)
+            if grad_y is not None:
+                grad_x = grad_x + grad_y * _along(scale, centred, call)
+            grad_x = grad_x.to(x.dtype)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _gain_and_shift(
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    correction: tuple[Tensor, Tensor] | None,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """What the weight multiplies in a centred value, and what is added to it; both corrected by renorm."""
+    gain = torch.rsqrt(var + eps)
+    if correction is None:
+        return gain, bias
+    r, d = correction
+    shift = d if weight is None else d * weight
+    return gain * r, shift if bias is None else shift + bias
+
+
+def _centre(x: Tensor, mean: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
+    """`x` less its rounded mean, and per channel what the rounding has left of the mean.
+
+    Without that rest, a float32 output is wrong by up to 6e-8 * |mean| / std.
+    """
+    values = x.to(checks.statistics_dtype(x))
+    rounded = mean.to(values.dtype)
+    shape = [1] * x.ndim
+    shape[channel_dim] = -1
+    return values - rounded.view(shape), mean - rounded
+
+
+def _along(values: Tensor, x: Tensor, call: _Call) -> Tensor:
+    shape = [1] * x.ndim
+    shape[call.channel_dim] = -1
+    return values.to(x.dtype).view(shape)
+
+
+def _check_count(count: Tensor, x: Tensor, mask: Tensor | None) -> None:
+    """Raise, on every process alike, when they have too few values together and that can be seen."""
+    if mask is not None and x.numel() > 0:
+        checks.check_masked_count(count, mask)
+    elif values_can_be_read(count) and bool((count == 1).any()):
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got an input of shape "
+            f"{tuple(x.shape)} and 1 value on all processes together: its variance would be 0. Use larger "
+            "batches, or call eval() to use the running statistics"
+        )
+
+
+def _size_along(mask: Tensor, dim: int, ndim: int) -> int:
+    """The size of `mask` along a dimension of the `ndim` that it broadcasts to."""
+    dim -= ndim - mask.ndim
+    return mask.shape[dim] if dim >= 0 else 1
