@@ -32,8 +32,8 @@ class Group:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a layer with a process group as its sync cannot be pickled, because a group lives in its process "
-            "only: save model.state_dict(), or set layer.sync = True (the default group) first"
+            "a layer with a process group as its sync cannot be pickled, because a group lives in one "
+            "process: save model.state_dict(), or set layer.sync = True (the default group) first"
         )
 
 
@@ -78,18 +78,25 @@ class Processes(NamedTuple):
         return cls(group, name)
 
     def add(self, numbers: Tensor) -> Tensor:
-        """Replace `numbers` by their sum over the processes.
+        """Replace `numbers` by their sum over the processes; RuntimeError where one does not take part."""
+        return self._all_reduce(numbers, dist.ReduceOp.SUM)
 
-        Raises:
-            RuntimeError: the collective failed, for example because a process left early.
-        """
+    def largest(self, numbers: Tensor) -> Tensor:
+        """Replace each of `numbers` by the largest that a process has."""
+        return self._all_reduce(numbers, dist.ReduceOp.MAX)
+
+    def rank(self) -> int:
+        """This process, as all others know it."""
+        return dist.get_rank()
+
+    def _all_reduce(self, numbers: Tensor, operation: Any) -> Tensor:
         try:
-            dist.all_reduce(numbers, group=self.group)
+            dist.all_reduce(numbers, operation, self.group)
         except RuntimeError as error:
             ranks = dist.get_process_group_ranks(self.group)
             raise RuntimeError(
                 f"{self.caller}: the all-reduce over the processes of ranks {ranks} failed on rank "
-                f"{dist.get_rank()}. Has one left the loop early, or failed? All must run the same layers "
+                f"{self.rank()}. Has one left the loop early, or failed? All must run the same layers "
                 "equally often; one that is out of data takes part with an empty batch, x[:0]. The "
                 f"backend says: {error}"
             ) from error
@@ -164,7 +171,8 @@ def normalize(
     def correction(moments: Moments) -> tuple[Tensor, Tensor] | None:
         if renorm is None:
             return None
-        assert running_mean is not None and running_var is not None  # by the layer
+        assert running_mean is not None  # by the layer
+        assert running_var is not None
         one = torch.ones_like(moments.mean)
         return renorm.correct(one, None, moments, running_mean, running_var, None, eps)
 
@@ -218,7 +226,7 @@ class _Normalise(torch.autograd.Function):
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_mean = torch.zeros_like(mean) if grad_mean is None else grad_mean
         grad_m2 = torch.zeros_like(m2) if grad_m2 is None else grad_m2
-        gain, _ = _gain_and_shift(m2 / count, weight, None, ctx.correction, call.eps)
+        gain = _gain_and_shift(m2 / count, None, None, ctx.correction, call.eps)[0]
         scale = gain if weight is None else gain * weight
         centred, rest = _centre(x, mean, call.channel_dim)
         grad_weight = grad_bias = grad_x = None

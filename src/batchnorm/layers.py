@@ -224,6 +224,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             "renorm": self._renorm if self.training else None,
             "channel_dim": channel_dim,
         }
+        moments: Moments | None
         try:
             if group is not None:
                 y, moments = distributed.normalize(*tensors, group, self, **options)

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import pickle
-import re
 import sys
 import time
 import traceback
@@ -19,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm.lab.nets import LeNet
+from batchnorm.model import merge_running_statistics
 
 C = 5
 # Samples on each process: even, uneven, none.
@@ -200,7 +201,8 @@ def recorded() -> Iterator[list[tuple[torch.dtype, int]]]:
 
 COLLECTIVES = (
     "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "reduce_scatter_tensor",
-    "reduce_scatter", "broadcast", "broadcast_object_list", "gather", "scatter", "barrier", "send", "recv", "reduce",
+    "reduce_scatter", "broadcast", "broadcast_object_list", "gather", "scatter", "barrier", "send", "recv",
+    "reduce",
 )  # fmt: skip
 
 
@@ -271,7 +273,7 @@ def no_communication() -> None:
 
 @case(1)
 def one_value_per_channel_on_one_process_is_an_error() -> None:
-    with raises(ValueError, "more than 1 value per channel"):
+    with pytest.raises(ValueError, match=r"more than 1 value per channel"):
         bn.BatchNorm1d(C, sync=True)(torch.randn(1, C))
 
 
@@ -286,10 +288,10 @@ def sub_groups() -> None:
     assert "sync=<ranks [0, 1]>" in repr(layer) or rank == 2
     if rank < 2:
         assert copy.deepcopy(nn.Sequential(layer))[0].sync is PAIR
-        with raises(TypeError, "cannot be pickled.*sync = True"):
+        with pytest.raises(TypeError, match=r"cannot be pickled.*sync = True"):
             pickle.dumps(layer)
     else:
-        with raises(ValueError, "not a member"):
+        with pytest.raises(ValueError, match=r"not a member"):
             bn.BatchNorm1d(C, sync=PAIR)
 
 
@@ -299,9 +301,9 @@ def processes_with_few_values() -> None:
     layer(torch.randn(1, C))
     assert layer.num_batches_tracked == 1
     model = nn.Sequential(layer)
-    with raises(ValueError, "BatchNorm1d '0': .*more than 1 value .*all processes"):
+    with pytest.raises(ValueError, match=r"BatchNorm1d '0': .*more than 1 value .*all processes"):
         model(torch.randn(dist.get_rank(), C))
-    with raises(ValueError, "BatchNorm1d '0': .*mask .*is empty"):
+    with pytest.raises(ValueError, match=r"BatchNorm1d '0': .*mask .*is empty"):
         Masked(layer)(torch.randn(3, C), torch.zeros(3, 1))
 
 
@@ -326,7 +328,7 @@ def all_empty() -> None:
 
 @case(2, 3)
 def double_backward() -> None:
-    """The gradient of a gradient penalty, and gradgradcheck against finite differences by way of one process."""
+    """The gradients of a gradient penalty are those of the oracle on one process."""
     for sizes, mask, renorm in itertools.product(
         SPLITS[dist.get_world_size()], (False, True), (None, (1.2, 0.3))
     ):
@@ -405,9 +407,9 @@ def mixed_precision() -> None:
 @case(2)
 def transforms_and_masks_with_gradients_are_errors() -> None:
     layer = bn.BatchNorm1d(C, sync=True)
-    with raises(RuntimeError, "BatchNorm1d: a torch.func transform"):
+    with pytest.raises(RuntimeError, match=r"BatchNorm1d: a torch.func transform"):
         torch.func.grad(lambda x: layer(x).sum())(torch.randn(4, C))
-    with raises(ValueError, "no gradient for its mask"):
+    with pytest.raises(ValueError, match=r"no gradient for its mask"):
         layer(torch.randn(4, C), mask=torch.ones(4, 1, requires_grad=True))
 
 
@@ -422,10 +424,92 @@ def ddp_with_two_forwards_before_one_backward() -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@case(2, 3)
+def merged_running_statistics_are_those_of_all_batches() -> None:
+    k, rank = dist.get_world_size(), dist.get_rank()
+    torch.manual_seed(rank)
+    # Means far apart, so that their spread is most of the variance; the last process sees fewer batches.
+    seen = 3 if rank < k - 1 else 1
+    batches = torch.randn(seen, 16, C) * 2 + 100 * rank + 1e4
+    model = nn.Sequential(
+        bn.BatchNorm1d(C, momentum=None, correction=0), nn.Identity(), nn.BatchNorm1d(C), bn.BatchNorm1d(C)
+    )
+    tensors = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    for batch in batches:
+        model[0](batch)
+        model[2](batch)
+    counts: list[Any] = [None] * k
+    dist.all_gather_object(counts, (seen, model[0].running_mean, model[0].running_var, model[2].running_var))
+    untrained = copy.deepcopy(model[3].state_dict())
+    assert merge_running_statistics(model) is model
+    weights = torch.tensor([n for n, *_ in counts], dtype=torch.float64)[:, None] / sum(n for n, *_ in counts)
+    means, variances = (torch.stack([c[i] for c in counts]).double() for i in (1, 2))
+    mean = (weights * means).sum(0)
+    assert_near(model[0].running_mean, mean, 1e-7, "mean")
+    assert_near(model[0].running_var, (weights * (variances + (means - mean) ** 2)).sum(0), 1e-7, "var")
+    assert (model[2].running_var > counts[0][3]).all()
+    assert_close(model[3].state_dict(), untrained, rtol=0, atol=0)
+    assert model[0].num_batches_tracked == seen
+    assert {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()} == tensors
+    once = copy.deepcopy(model.state_dict())
+    merge_running_statistics(model)
+    assert_close(model.state_dict(), once)
+
+    # A cumulative average goes on: after more batches and another merge it is still that of all.
+    more = torch.randn(2, 16, C) + rank
+    for batch in more:
+        model[0](batch)
+    merge_running_statistics(model)
+    everything = [None] * k
+    dist.all_gather_object(everything, torch.cat([batches, more]))
+    assert_near(model[0].running_mean, torch.cat(everything).double().mean((0, 1)), 1e-6, "all batches")
+
+
+@case(2)
+def a_merge_that_fails_fails_everywhere_and_changes_nothing() -> None:
+    rank = dist.get_rank()
+    one_is_lazy = bn.LazyBatchNorm1d() if rank == 1 else bn.BatchNorm1d(C)
+    models = {
+        "differ": nn.Sequential(bn.BatchNorm1d(C), bn.BatchNorm1d(C + rank)),
+        "lazy": nn.Sequential(bn.BatchNorm1d(C), one_is_lazy),
+    }
+    for reason, model in models.items():
+        model[0](torch.randn(4, C) + rank)
+        before = copy.deepcopy(model[0].state_dict())
+        with pytest.raises(ValueError, match=f"merge_running_statistics.*(?i:{reason})"):
+            merge_running_statistics(model)
+        assert_close(model[0].state_dict(), before, rtol=0, atol=0)
+    with torch.inference_mode():
+        mean = torch.zeros(C)
+    broken = nn.Sequential(bn.BatchNorm1d(C), bn.BatchNorm1d(C))
+    for layer in broken:
+        layer(torch.randn(4, C) + rank)
+    broken[1].running_mean = mean  # nothing can be written into it outside of inference mode
+    before = copy.deepcopy(broken.state_dict())
+    with pytest.raises(RuntimeError, match="inference"):
+        merge_running_statistics(broken)
+    assert_close(broken.state_dict(), before, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="expected a model"):
+        merge_running_statistics(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="process group"):
+        merge_running_statistics(broken, "gloo")
+
+
+@case(1)
+def a_merge_of_one_process_changes_nothing() -> None:
+    model = nn.Sequential(bn.BatchNorm1d(C))
+    model(torch.randn(4, C))
+    before = copy.deepcopy(model.state_dict())
+    with recorded() as calls:
+        merge_running_statistics(model)
+    assert calls == []
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 @case(2)
 def lenet_trains_as_on_one_process() -> None:
     # Rounding grows along a training run, so the float64 run shows what float32's difference is made of.
-    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
+    for dtype, steps, tolerance in ((torch.float64, 20, 1e-12), (torch.float32, 100, 1e-3)):
         torch.manual_seed(0)
         one = LeNet().to(dtype)
         two = copy.deepcopy(one)
@@ -437,7 +521,7 @@ def lenet_trains_as_on_one_process() -> None:
         pairs = [(model, torch.optim.SGD(model.parameters(), lr=0.1)) for model in (one, ddp)]
         rank = dist.get_rank()
         losses: list[list[Tensor]] = [[], []]
-        for _ in range(100):
+        for _ in range(steps):
             labels = torch.randint(10, (64,))
             images = (pictures[labels] + torch.randn(64, 1, 28, 28)).to(dtype)
             mine = slice(32 * rank, 32 * rank + 32)
@@ -449,7 +533,7 @@ def lenet_trains_as_on_one_process() -> None:
                 curve.append(loss.detach())
         ours, wanted = torch.stack(losses[1]), torch.stack(losses[0])
         dist.all_reduce(ours)
-        assert wanted[-10:].mean() < 0.5 * wanted[0]
+        assert wanted[-1] < 0.9 * wanted[0]
         assert_near(ours / 2, wanted, tolerance, f"{dtype} loss curve")
 
 
@@ -459,20 +543,11 @@ def a_process_that_does_not_come() -> None:
     group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
     if dist.get_rank() == 0:
         model = nn.Sequential(nn.Linear(C, C), bn.BatchNorm1d(C, sync=group))
-        with raises(RuntimeError, r"BatchNorm1d '1': the all-reduce .*ranks \[0, 1\] failed on rank 0.*left"):
+        with pytest.raises(
+            RuntimeError, match=r"BatchNorm1d '1': the all-reduce .*ranks \[0, 1\] failed on rank 0.*left"
+        ):
             model(torch.randn(4, C))
     dist.barrier()
-
-
-@contextlib.contextmanager
-def raises(kind: type[Exception], pattern: str) -> Iterator[None]:
-    """As pytest.raises, which these processes do without for the seconds that its import takes."""
-    try:
-        yield
-    except kind as error:
-        assert re.search(pattern, str(error), re.DOTALL), f"{pattern!r} is not in {error}"
-    else:
-        raise AssertionError(f"no {kind.__name__}")
 
 
 ALONE: Any = None
