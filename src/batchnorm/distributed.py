@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from batchnorm import checks
+from batchnorm import checks, recipes
 from batchnorm.context import under_transform, values_can_be_read
 from batchnorm.kernels import reference
 from batchnorm.moments import Moments, take
@@ -177,8 +177,37 @@ def normalize(
         return renorm.correct(one, None, moments, running_mean, running_var, None, eps)
 
     call = _Call(processes, eps, channel_dim, correction)
-    y, count, mean, m2 = _Normalise.apply(x, weight, bias, mask, call)
-    return reference.finish(y, activation, residual), Moments(count, mean.detach(), m2.detach())
+    z, *of_all = _Normalise.apply(x, weight, bias, mask, call)
+    moments = Moments(*[number.detach() for number in of_all])
+    if not (recipes.is_recording() and torch.is_grad_enabled()):
+        return reference.finish(z, activation, residual), moments
+    _offer(z, x, moments, weight, bias, call)
+    if activation is None and residual is None:
+        return z, moments
+    y = _Finish.apply(z, residual, activation)
+    _offer(y, x, moments, weight, bias, call, activation, residual)
+    return y, moments
+
+
+@torch.no_grad()
+def _offer(
+    y: Tensor,
+    x: Tensor,
+    moments: Moments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    call: _Call,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    """Let the backward pass compute `y` again, without communication."""
+    scale, shift = _scale_and_shift(moments, weight, bias, call.correction(moments), call.eps)
+    shift = None if shift is None else shift.clone()  # it may be the bias, which a step will change
+
+    def rebuild(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return reference.finish(_apply(x, moments.mean, scale, shift, call.channel_dim), activation, residual)
+
+    recipes.offer(y, (x,) if residual is None else (x, residual), rebuild)
 
 
 class _Call(NamedTuple):
@@ -206,11 +235,8 @@ class _Normalise(torch.autograd.Function):
         moments = add_moments(take(x, dims, mask), call.processes, shared_count)
         _check_count(moments.count, x, mask)
         ctx.call, ctx.correction = call, call.correction(moments)
-        gain, shift = _gain_and_shift(moments.var(), weight, bias, ctx.correction, call.eps)
-        scale = gain if weight is None else gain * weight
-        centred, rest = _centre(x, moments.mean, call.channel_dim)
-        shift = -rest * scale if shift is None else shift - rest * scale
-        y = centred.mul_(_along(scale, centred, call)).add_(_along(shift, centred, call)).to(x.dtype)
+        scale, shift = _scale_and_shift(moments, weight, bias, ctx.correction, call.eps)
+        y = _apply(x, moments.mean, scale, shift, call.channel_dim)
         ctx.save_for_backward(x, weight, mask, moments.count, moments.mean, moments.m2)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(moments.count)
@@ -226,7 +252,9 @@ class _Normalise(torch.autograd.Function):
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_mean = torch.zeros_like(mean) if grad_mean is None else grad_mean
         grad_m2 = torch.zeros_like(m2) if grad_m2 is None else grad_m2
-        gain = _gain_and_shift(m2 / count, None, None, ctx.correction, call.eps)[0]
+        gain = torch.rsqrt(m2 / count + call.eps)
+        if ctx.correction is not None:
+            gain = gain * ctx.correction[0]
         scale = gain if weight is None else gain * weight
         centred, rest = _centre(x, mean, call.channel_dim)
         grad_weight = grad_bias = grad_x = None
@@ -248,29 +276,68 @@ class _Normalise(torch.autograd.Function):
             grad_mean, grad_m2 = sums.split(mean.numel())
             slope = 2 * grad_m2
             constant = grad_mean / count - slope * rest
-            grad_x = centred * _along(slope, centred, call) + _along(constant, centred, call)
+            grad_x = centred * _along(slope, centred, call.channel_dim) + _along(
+                constant, centred, call.channel_dim
+            )
             if mask is not None:
                 grad_x = (grad_x * mask.to(grad_x.dtype)).where(mask != 0, 0)
             if grad_y is not None:
-                grad_x = grad_x + grad_y * _along(scale, centred, call)
+                grad_x = grad_x + grad_y * _along(scale, centred, call.channel_dim)
             grad_x = grad_x.to(x.dtype)
         return grad_x, grad_weight, grad_bias, None, None
 
 
-def _gain_and_shift(
-    var: Tensor,
+class _Finish(torch.autograd.Function):
+    """`reference.finish`, which keeps its inputs, that can be built again, and not its output."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+        ctx.save_for_backward(z, residual)
+        ctx.activation = activation
+        return reference.finish(z, activation, residual)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views, so that a gradient does not go on from one of them into the other.
+            inputs = [
+                tensor.view_as(tensor)
+                if create_graph and tensor.requires_grad
+                else tensor.detach().requires_grad_()
+                for tensor in ctx.saved_tensors
+                if tensor is not None
+            ]
+            y = reference.finish(inputs[0], ctx.activation, inputs[1] if len(inputs) > 1 else None)
+            gradients = torch.autograd.grad(y, inputs, grad_y, create_graph=create_graph)
+        return (*gradients, *[None] * (3 - len(gradients)))
+
+
+def _scale_and_shift(
+    moments: Moments,
     weight: Tensor | None,
     bias: Tensor | None,
     correction: tuple[Tensor, Tensor] | None,
     eps: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """What the weight multiplies in a centred value, and what is added to it; both corrected by renorm."""
-    gain = torch.rsqrt(var + eps)
+    """As `reference.scale_and_shift`, corrected by renorm's r and d."""
+    scale, shift = reference.scale_and_shift(moments.var(), weight, bias, eps)
     if correction is None:
-        return gain, bias
+        return scale, shift
     r, d = correction
-    shift = d if weight is None else d * weight
-    return gain * r, shift if bias is None else shift + bias
+    by_d = d if weight is None else d * weight
+    return scale * r, by_d if shift is None else shift + by_d
+
+
+def _apply(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None, channel_dim: int) -> Tensor:
+    """`(x - mean) * scale + shift`, in the dtype and memory layout of `x`; not differentiable."""
+    centred, rest = _centre(x, mean, channel_dim)
+    shift = -rest * scale if shift is None else shift - rest * scale
+    return (
+        centred.mul_(_along(scale, centred, channel_dim))
+        .add_(_along(shift, centred, channel_dim))
+        .to(x.dtype)
+    )
 
 
 def _centre(x: Tensor, mean: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
@@ -280,14 +347,12 @@ def _centre(x: Tensor, mean: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
     """
     values = x.to(checks.statistics_dtype(x))
     rounded = mean.to(values.dtype)
+    return values - _along(rounded, values, channel_dim), mean - rounded
+
+
+def _along(values: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     shape = [1] * x.ndim
     shape[channel_dim] = -1
-    return values - rounded.view(shape), mean - rounded
-
-
-def _along(values: Tensor, x: Tensor, call: _Call) -> Tensor:
-    shape = [1] * x.ndim
-    shape[call.channel_dim] = -1
     return values.to(x.dtype).view(shape)
 
 

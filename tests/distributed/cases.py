@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -381,6 +382,66 @@ def hold_and_checkpoint() -> None:
         with bn.hold(model):
             model(x)
         assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+@case(2)
+def memory_efficient_builds_outputs_again() -> None:
+    for activation, residual, renorm in (
+        ("relu", False, None),
+        ("silu", True, None),
+        (None, False, (1.1, 0.1)),
+    ):
+        torch.manual_seed(dist.get_rank())
+        model = Residual(bn.BatchNorm2d(C, sync=True, activation=activation, renorm=renorm), residual)
+        lean = bn.memory_efficient(copy.deepcopy(model))
+        x = torch.randn(3, C, 6, 6)
+        found = []
+        for network in (model, lean):
+            with recorded() as calls:
+                y = network(x)
+                kept = not network.output.expired()
+                y.square().sum().backward()
+            assert len(calls) == 2
+            found.append((kept, y, [p.grad for p in network.parameters()]))
+        assert [kept for kept, *_ in found] == [True, False]
+        assert_close(found[1][1:], found[0][1:], rtol=0, atol=0)
+        penalties = []
+        for network in (model, lean):
+            inputs = x.clone().requires_grad_()
+            (first,) = torch.autograd.grad(network(inputs).pow(3).sum(), inputs, create_graph=True)
+            penalties.append(torch.autograd.grad(first.square().sum(), (inputs, *network.parameters()))[:-1])
+        assert_close(penalties[1], penalties[0])
+
+
+class Residual(nn.Module):
+    """Convolution, batch norm, convolution; knows whether the batch norm's output is still in memory."""
+
+    def __init__(self, norm: nn.Module, residual: bool) -> None:
+        super().__init__()
+        self.norm, self.residual = norm, residual
+        self.before, self.after = nn.Conv2d(C, C, 3, padding=1), nn.Conv2d(C, C, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.before(x), x if self.residual else None)
+        self.output = StorageWeakRef(y.untyped_storage())
+        return self.after(y)
+
+
+@case(2)
+def compiled() -> None:
+    # The collective is left to eager torch, by a graph break.
+    torch.manual_seed(dist.get_rank())
+    model = nn.Sequential(bn.BatchNorm1d(C, sync=True, activation="relu"), nn.Linear(C, C))
+    twin, x = copy.deepcopy(model), torch.randn(4, C, requires_grad=True)
+    compiled_model = torch.compile(model, backend="eager")
+    for network in (compiled_model, twin):
+        with recorded() as calls, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler hides its own, which as an error it cannot
+            network(x).square().sum().backward()
+        assert [size for _, size in calls] == [(2 * C + 1) * 8, 2 * C * 8]
+    for ours, wanted in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(ours.grad, wanted.grad)
+    assert_close(model.state_dict(), twin.state_dict())
 
 
 @case(2)
