@@ -276,13 +276,17 @@ class _Normalise(torch.autograd.Function):
             grad_mean, grad_m2 = sums.split(mean.numel())
             slope = 2 * grad_m2
             constant = grad_mean / count - slope * rest
-            grad_x = centred * _along(slope, centred, call.channel_dim) + _along(
-                constant, centred, call.channel_dim
+            slope, constant, scale = (
+                _along(values, centred, call.channel_dim) for values in (slope, constant, scale)
             )
+            if torch.is_grad_enabled():
+                grad_x = centred * slope + constant
+            else:
+                grad_x = centred.mul_(slope).add_(constant)
             if mask is not None:
                 grad_x = (grad_x * mask.to(grad_x.dtype)).where(mask != 0, 0)
             if grad_y is not None:
-                grad_x = grad_x + grad_y * _along(scale, centred, call.channel_dim)
+                grad_x = torch.addcmul(grad_x, grad_y, scale)
             grad_x = grad_x.to(x.dtype)
         return grad_x, grad_weight, grad_bias, None, None
 

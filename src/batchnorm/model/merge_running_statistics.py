@@ -45,7 +45,13 @@ def merge_running_statistics(model: nn.Module, group: Any = None) -> nn.Module:
         raise TypeError(
             f"merge_running_statistics: expected a model (torch.nn.Module), got {type(model).__name__}"
         )
-    process_group = group_of(parse(True if group is None else group))
+    try:
+        process_group = group_of(parse(True if group is None else group))
+    except TypeError:
+        raise TypeError(
+            "merge_running_statistics: expected None (the default process group) or a process group, "
+            f"got {group!r}"
+        ) from None
     if process_group is None:
         return model
     processes = Processes(process_group, "merge_running_statistics")
