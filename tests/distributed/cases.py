@@ -154,6 +154,9 @@ def assert_matches_one_process(
 
 matching("plain", 2, 3, 4)
 matching("far_from_zero", 2, 3, 4, offset=1e4)
+# Large enough for the compiled kernels.
+matching("large", 2, shape=(C, 64, 64), activation="relu")
+matching("large_far_from_zero", 2, shape=(C, 64, 64), offset=1e4)
 matching("rows", 2, kind=bn.BatchNorm1d, shape=(C,), layouts=("contiguous",))
 matching("sequences", 2, kind=bn.BatchNorm1d, shape=(C, 7), layouts=("contiguous",))
 matching("volumes", 2, kind=bn.BatchNorm3d, shape=(C, 2, 3, 2), layouts=("contiguous",))
