@@ -455,7 +455,7 @@ def memory_efficient_builds_outputs_again() -> None:
             assert len(calls) == 2
             found.append((kept, y, [p.grad for p in network.parameters()]))
         assert [kept for kept, *_ in found] == [True, False]
-        assert_close(found[1][1:], found[0][1:], rtol=0, atol=0)
+        assert_close(found[1][1:], found[0][1:])  # small inputs go by other kernels there
         penalties = []
         for network in (model, lean):
             inputs = x.clone().requires_grad_()
