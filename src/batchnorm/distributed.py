@@ -282,7 +282,7 @@ class _Normalise(torch.autograd.Function):
             once = not torch.is_grad_enabled()
             grad_x = centred.mul_(slope).add_(constant) if once else centred * slope + constant
             if mask is not None:
-                grad_x = (grad_x * mask.to(grad_x.dtype)).where(mask != 0, 0)
+                grad_x = grad_x * mask.to(grad_x.dtype)
             if grad_y is not None:
                 grad_x = grad_x.addcmul_(grad_y, scale) if once else grad_x + grad_y * scale
             grad_x = grad_x.to(x.dtype)
