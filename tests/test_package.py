@@ -30,6 +30,7 @@ PUBLIC = {
     "hold",
     "load_keras",
     "memory_efficient",
+    "merge_running_statistics",
     "parameter_groups",
     "recalibrate",
     "reset",

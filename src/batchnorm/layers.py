@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm import checks, functional, running
+from batchnorm import checks, distributed, functional, running
 from batchnorm.context import under_transform
 from batchnorm.kernels import choose, reference
 from batchnorm.kernels.reference import ACTIVATIONS
@@ -22,6 +22,7 @@ _RenormLike = Renorm | tuple[float, float] | Mapping[str, float] | bool | None
 
 _OPTIONS = {
     "activation": None,
+    "sync": False,
     "ghost_batch_size": None,
     "renorm": None,
     "channel_dim": 1,
@@ -45,6 +46,11 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         affine: learn `weight` and `bias`.
         track_running_stats: keep running statistics; without them eval mode uses the batch's.
         activation: name of the activation applied last: "relu", "silu", ...
+        sync: normalise by the batches of all processes together: True (the default process group), or a
+            group. Training only; as without where there is one process, and with `ghost_batch_size`, whose
+            virtual batches are each process's own. One all-reduce of 2C+1 float64 numbers forward, one of 2C
+            backward. A process may have an empty batch; a `mask` must have a size of 1 along the channels on
+            all processes or on none. Copies share a group; pickles can hold True, not a group.
         ghost_batch_size: normalise every so many samples by themselves (Hoffer et al. 2017).
         renorm: batch renormalization: True, or (r_max, d_max) (Ioffe 2017).
         channel_dim: where the channels are; -1 for (N, L, C).
@@ -62,6 +68,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     correction: float
     skip_nonfinite: bool
 
+    _sync: bool | distributed.Group = False
+
     _ranks: tuple[int, ...]
     _expected: str
 
@@ -76,6 +84,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         activation: str | None = None,
+        sync: Any = False,
         ghost_batch_size: int | None = None,
         renorm: _RenormLike = None,
         channel_dim: int = 1,
@@ -88,6 +97,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         )
         self._set_options(
             activation=activation,
+            sync=sync,
             ghost_batch_size=ghost_batch_size,
             renorm=renorm,
             channel_dim=channel_dim,
@@ -118,6 +128,15 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         self._activation = name
 
     @property
+    def sync(self) -> Any:
+        """False, True (the default process group) or the process group to normalise over."""
+        return self._sync.group if isinstance(self._sync, distributed.Group) else self._sync
+
+    @sync.setter
+    def sync(self, value: Any) -> None:
+        self._sync = distributed.parse(value)
+
+    @property
     def renorm(self) -> Renorm | None:
         """Batch renormalization's (r_max, d_max), or None; may be set as training goes on."""
         return self._renorm
@@ -141,8 +160,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             TypeError: not a tensor, or not floating point.
             ValueError: a wrong shape, or one value per channel in training.
         """
-        channel_dim = self._check_input(x, residual, mask)
-        if self.training and mask is None and self._moves_as_torch():
+        group = None if self._sync is False else self._group()
+        channel_dim = self._check_input(x, residual, mask, group)
+        if self.training and mask is None and group is None and self._moves_as_torch():
             # Not self.weight: each look-up by nn.Module costs a small layer a microsecond.
             parameters, buffers = self._parameters, self._buffers
             weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -152,7 +172,13 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             kernel = choose(x, channel_dim, per_channel, residual, self._activation, True)
             if kernel is not reference:
                 return self._forward_moving(kernel, x, per_channel, residual, channel_dim)
-        return self._forward_any(x, residual, mask, channel_dim)
+        return self._forward_any(x, residual, mask, channel_dim, group)
+
+    def _group(self) -> Any:
+        """The process group that this forward communicates with, or None."""
+        if not self.training or self.ghost_batch_size is not None:
+            return None
+        return distributed.group_of(self._sync)
 
     def _moves_as_torch(self) -> bool:
         return (
@@ -187,24 +213,28 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         )
 
     def _forward_any(
-        self, x: Tensor, residual: Tensor | None, mask: Tensor | None, channel_dim: int
+        self, x: Tensor, residual: Tensor | None, mask: Tensor | None, channel_dim: int, group: Any
     ) -> Tensor:
+        tensors = x, self.weight, self.bias, self.running_mean, self.running_var
+        options: dict[str, Any] = {
+            "eps": self.eps,
+            "activation": self.activation,
+            "residual": residual,
+            "mask": mask,
+            "renorm": self._renorm if self.training else None,
+            "channel_dim": channel_dim,
+        }
+        moments: Moments | None
         try:
-            y, moments = functional.normalize(
-                x,
-                self.weight,
-                self.bias,
-                self.running_mean,
-                self.running_var,
-                training=self._by_batch(),
-                eps=self.eps,
-                activation=self.activation,
-                residual=residual,
-                mask=mask,
-                ghost_batch_size=self.ghost_batch_size if self.training else None,
-                renorm=self._renorm if self.training else None,
-                channel_dim=channel_dim,
-            )
+            if group is not None:
+                y, moments = distributed.normalize(*tensors, group, self, **options)
+            else:
+                y, moments = functional.normalize(
+                    *tensors,
+                    training=self._by_batch(),
+                    ghost_batch_size=self.ghost_batch_size if self.training else None,
+                    **options,
+                )
         except (TypeError, ValueError) as error:
             raise type(error)(f"{describe(self)}: {error}") from None
         if (
@@ -244,7 +274,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 "returns them, or transform over the buffers too (torch.func.functional_call)"
             ) from error
 
-    def _check_input(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> int:
+    def _check_input(self, x: Tensor, residual: Tensor | None, mask: Tensor | None, group: Any) -> int:
         if (
             # Most inputs are plainly right; seeing it here saves a small layer a tenth of its time.
             residual is None
@@ -263,7 +293,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             channel_dim = functional.check_input(
                 x,
                 self.channel_dim,
-                self._by_batch(),
+                self._by_batch() and group is None,  # a process may have few values if others have more
                 residual,
                 mask,
                 self.ghost_batch_size if self.training else None,
@@ -286,6 +316,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         options = {name: getattr(self, name) for name in _OPTIONS}
+        options["sync"] = self._sync  # whose repr of a group is its ranks
         changed = [f"{name}={value!r}" for name, value in options.items() if value != _OPTIONS[name]]
         return ", ".join([super().extra_repr(), *changed])
 

@@ -8,6 +8,7 @@ from batchnorm.model.freeze import freeze, unfreeze
 from batchnorm.model.hold import hold
 from batchnorm.model.keras import load_keras
 from batchnorm.model.memory_efficient import memory_efficient
+from batchnorm.model.merge_running_statistics import merge_running_statistics
 from batchnorm.model.parameters import parameter_groups, reset
 from batchnorm.model.recalibrate import recalibrate
 
@@ -20,6 +21,7 @@ __all__ = [
     "hold",
     "load_keras",
     "memory_efficient",
+    "merge_running_statistics",
     "parameter_groups",
     "recalibrate",
     "reset",

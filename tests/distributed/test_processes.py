@@ -1,0 +1,72 @@
+"""Tests over several processes: synchronised layers, and running statistics that are merged."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CASES_FILE = Path(__file__).parent / "cases.py"
+# For all the cases of a set of processes; on a 2-core machine that others use too a set takes up to 40.
+SECONDS = 120
+
+
+def load_cases() -> dict[str, Any]:
+    spec = importlib.util.spec_from_file_location("distributed_cases", CASES_FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.CASES
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What each rank of a set of `processes` found, by case; a set runs once."""
+    return cache(lambda processes: run(processes, tmp_path_factory.mktemp(f"{processes}-processes")))
+
+
+def run(processes: int, folder: Path) -> list[dict[str, Any]]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    children = []
+    try:
+        for rank in range(processes):
+            with open(folder / f"{rank}.log", "w") as log:
+                command = [sys.executable, str(CASES_FILE), str(rank), str(processes), str(folder)]
+                # A session of its own, so that whatever a child may start ends with it.
+                children.append(
+                    subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+                )
+        deadline = time.monotonic() + SECONDS
+        for child in children:
+            child.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        pass  # the cases that are missing from the results say so
+    finally:
+        for child in children:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+    return [result(folder, rank) for rank in range(processes)]
+
+
+def result(folder: Path, rank: int) -> dict[str, Any]:
+    found = folder / f"{rank}.json"
+    log = (folder / f"{rank}.log").read_text()[-2000:]
+    return {"log": log} | (json.loads(found.read_text()) if found.exists() else {})
+
+
+@pytest.mark.parametrize(
+    ("processes", "name"), sorted((k, name) for name, (_, sizes) in load_cases().items() for k in sizes)
+)
+def test_processes(processes: int, name: str, results: Any) -> None:
+    for rank, found in enumerate(results(processes)):
+        assert name in found, f"rank {rank} did not come to it: an earlier case failed, or {found['log']}"
+        assert "failure" not in found[name], f"rank {rank}: {found[name]['failure']}"
