@@ -37,7 +37,8 @@ def check_initialized(model: nn.Module, verb: str) -> None:
     for name, module in model.named_modules():
         if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
             raise ValueError(
-                f"{verb}: {quoted(module, name)} has not seen its first input yet: run one batch through the model"
+                f"{verb}: {quoted(module, name)} has not seen its first input yet: run one batch through the "
+                "model first"
             )
 
 
