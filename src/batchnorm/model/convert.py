@@ -28,10 +28,18 @@ from batchnorm.model.fusion import FUSING, find
 from batchnorm.model.layers import batch_norms, check_model
 from batchnorm.model.memory_efficient import memory_efficient as build_outputs_again
 
+
+class SyncBatchNorm(_BatchNorm):
+    """What torch.nn.SyncBatchNorm becomes: a layer with `sync`, for inputs of any rank."""
+
+    _ranks, _expected = (2, 3, 4, 5), "2D to 5D (N, C, ...)"
+
+
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
     nn.LazyBatchNorm1d: LazyBatchNorm1d,
     nn.LazyBatchNorm2d: LazyBatchNorm2d,
     nn.LazyBatchNorm3d: LazyBatchNorm3d,
@@ -41,22 +49,27 @@ _CLASS = "_class_before_convert"
 _MEMORY_EFFICIENT = "_memory_efficient_by_convert"
 
 
-def convert(model: nn.Module, *, fuse: bool = True, memory_efficient: bool = False) -> nn.Module:
+def convert(
+    model: nn.Module, *, fuse: bool = True, memory_efficient: bool = False, subclasses: bool = False
+) -> nn.Module:
     """Turn every torch.nn batch norm of `model` into this package's, which computes the same.
 
-    BatchNorm1d, 2d, 3d and the lazy ones, at any depth. Modules, Parameters and buffers stay the same
-    objects, with their dtype, device, training flags, hooks, names and state_dict: a layer changes its class,
-    nothing else does. With `fuse`, a batch norm followed by nothing but an activation that the layers know,
-    or by an add and such an activation, is computed together with them; the model's code is not changed, and
-    runs as before (see `batchnorm.model.fusion`). A second call adds what it asks for.
+    BatchNorm1d, 2d, 3d, SyncBatchNorm and the lazy ones, at any depth. Modules, Parameters and buffers stay
+    the same objects, with their dtype, device, training flags, hooks, names and state_dict: a layer changes
+    its class, nothing else does. With `fuse`, a batch norm followed by nothing but an activation that the
+    layers know, or by an add and such an activation, is computed together with them; the model's code is not
+    changed, and runs as before (see `batchnorm.model.fusion`). A second call adds what it asks for.
 
-    Left as they are, and named in a warning: subclasses, SyncBatchNorm, and layers with a forward or an
-    attribute of their own where this package's have one.
+    A SyncBatchNorm keeps its process group, and then works on CPUs too. Left as they are, and named in a
+    warning: subclasses, unless asked for, and layers with a forward or an attribute of their own where this
+    package's have one.
 
     Args:
         model: changed in place.
         fuse: run batch norms together with the activations after them.
         memory_efficient: let the backward pass build outputs again, see `memory_efficient`.
+        subclasses: convert subclasses of torch.nn's layers too, which lose what their methods add to them
+            until they are reverted.
 
     Returns:
         model
@@ -67,16 +80,19 @@ def convert(model: nn.Module, *, fuse: bool = True, memory_efficient: bool = Fal
     """
     layers = batch_norms(model, "convert")
     theirs = {name: m for name, m in layers.items() if not isinstance(m, _BatchNorm)}
-    left = {name: m for name, m in theirs.items() if not _can_be_ours(m)}
+    left = {name: m for name, m in theirs.items() if not _can_be_ours(m, subclasses)}
     to_ours = [m for name, m in theirs.items() if name not in left]
-    ours = [m for m in layers.values() if _class(m) in FUSING and m.activation is None]
-    places = find(model, [*to_ours, *ours]) if fuse else {}
+    fusing = [m for m in to_ours if _ours(_class(m), subclasses) in FUSING]
+    fusing += [m for m in layers.values() if _class(m) in FUSING and m.activation is None]
+    places = find(model, fusing) if fuse else {}
     _warn_of(left)
     for layer in to_ours:
         _remember_class(layer)
-        _set_class(layer, _OURS[_class(layer)])
+        _set_class(layer, _ours(_class(layer), subclasses))
         for option, default in _OPTIONS.items():
             setattr(layer, option, default)
+        if isinstance(layer, SyncBatchNorm):
+            layer.sync = True if layer.process_group is None else layer.process_group
     for fused, found in places.items():
         _remember_class(fused)
         _set_class(fused, FUSING[_class(fused)])
@@ -115,19 +131,25 @@ def revert(model: nn.Module) -> nn.Module:
     return model
 
 
-def _can_be_ours(module: nn.Module) -> bool:
+def _ours(cls: type[nn.Module], subclasses: bool) -> type[nn.Module] | None:
+    """The class of this package for a class of torch.nn, or for the one that it is a subclass of."""
+    candidates = cls.__mro__ if subclasses else (cls,)
+    return next((_OURS[base] for base in candidates if base in _OURS), None)
+
+
+def _can_be_ours(module: nn.Module, subclasses: bool) -> bool:
     attributes = (
         module.__dict__.keys() | module._modules.keys() | module._parameters.keys() | module._buffers.keys()
     )
     taken = {"forward", *_OPTIONS, *(f"_{option}" for option in _OPTIONS)}
-    return _class(module) in _OURS and not attributes & taken
+    return _ours(_class(module), subclasses) is not None and not attributes & taken
 
 
 def _warn_of(left: Mapping[str, nn.Module]) -> None:
     if left:
         names = ", ".join(f"{type(module).__name__} {name!r}" for name, module in left.items())
         warnings.warn(
-            f"convert: left as they are: {names}. They are not exactly torch.nn.BatchNorm1d, 2d or 3d, so "
+            f"convert: left as they are: {names}. They are not exactly torch.nn's, so "
             "they may do something else",
             stacklevel=3,
         )

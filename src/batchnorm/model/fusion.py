@@ -284,12 +284,13 @@ class _Fusing(_BatchNorm):
             or not self._may_wait(sys._getframe(1))
         ):
             return super().forward(x, residual, mask)
-        self._check_input(x, None, None)
+        self._check_input(x, None, None, None)
         return _waiting(_Pass(self, x))
 
     def _may_wait(self, frame: FrameType | None) -> bool:
         if (
             self._activation is not None
+            or self._sync is not False  # processes must communicate in the same order, whatever their shapes
             or _hooked_after(self)
             or any(_hooked(follower) for follower in self._followers)
             or _any_global_hook()
