@@ -88,7 +88,9 @@ def convert(
     _warn_of(left)
     for layer in to_ours:
         _remember_class(layer)
-        _set_class(layer, _ours(_class(layer), subclasses))
+        cls = _ours(_class(layer), subclasses)
+        assert cls is not None  # by `_can_be_ours`
+        _set_class(layer, cls)
         for option, default in _OPTIONS.items():
             setattr(layer, option, default)
         if isinstance(layer, SyncBatchNorm):
