@@ -1,7 +1,13 @@
 """Shared by all tests."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton looks at it once, when it is first imported: by our kernels, or by torch's compiler before them.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")

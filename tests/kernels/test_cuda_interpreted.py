@@ -33,21 +33,6 @@ LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 ACTIVATIONS = sorted(filter(None, FUSED))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _interpreter():
-    """Kernels are read once, by the first import of `cuda.launch`: interpreted for this whole process."""
-    if torch.cuda.is_available() or find_spec("triton") is None:
-        yield
-        return
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    yield
-    if before is None:
-        del os.environ["TRITON_INTERPRET"]
-    else:
-        os.environ["TRITON_INTERPRET"] = before
-
-
 @pytest.fixture(autouse=True)
 def cut(monkeypatch):
     """Sets sizes of `plan.py`: by default several small tiles per channel, in two parts and more."""

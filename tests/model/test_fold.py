@@ -1338,3 +1338,14 @@ def test_a_forward_that_keeps_what_it_saw() -> None:
     assert not hasattr(folded, "last")
     model(torch.randn(2, 3))  # now it holds a tensor with a graph
     assert into(fold(model, torch.randn(2, 3))) == [("1", "0")]
+
+
+def test_a_converted_model_folds_as_the_model_before() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    x = torch.randn(16, 3, 6, 6)
+    model(x)
+    bn.convert(model)
+    folded = bn.fold(model, x)
+    assert [step.layer for step in folded.fold_report.folded] == ["BatchNorm2d '1'"]
+    torch.testing.assert_close(folded(x), model.eval()(x))
+    assert isinstance(model[1], bn.BatchNorm2d)

@@ -333,7 +333,7 @@ def test_layers_without_statistics_or_affine_are_left_alone() -> None:
         (
             nn.Sequential(nn.BatchNorm1d(C), nn.LazyBatchNorm1d()),
             {},
-            r"LazyBatchNorm1d '1' has no parameters",
+            r"LazyBatchNorm1d '1' has not seen its first input yet",
         ),
         (nn.Sequential(bn.BatchNorm1d(C), bn.LazyBatchNorm1d()), {"affine": True}, "LazyBatchNorm1d '1'"),
     ],

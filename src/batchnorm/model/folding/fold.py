@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.model.convert import revert
 from batchnorm.model.folding import check
 from batchnorm.model.folding.arithmetic import Weights
 from batchnorm.model.folding.graph import Calls, Graphs, record_calls
@@ -70,7 +71,7 @@ def fold(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> nn.Modul
     if not tolerance > 0:
         raise ValueError(f"fold: tolerance must be above 0, got {tolerance}")
     arguments = check.as_arguments(example)
-    source = check.copy_of(model).eval()
+    source = revert(check.copy_of(model)).eval()  # the layers of `convert` wait for what follows them
 
     with check.keep_random_state(model):
         scratch = check.runnable_copy(source)
