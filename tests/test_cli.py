@@ -380,6 +380,21 @@ def test_a_folder_named_like_markup_and_a_baseline_that_is_not_torch(
     assert "1 seed; results in c[d]" in printed
 
 
+def test_recalibrate_a_model_that_is_a_batch_norm_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "alone.py").write_text(
+        "import torch, batchnorm\n"
+        "def make(): return batchnorm.BatchNorm1d(3)\n"
+        "def loader(): return [torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 5.0]])]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert run(["recalibrate", "alone:make", "--data", "alone:loader", "--output", "new.pt"]) == 0
+    state = torch.load(tmp_path / "new.pt", weights_only=True)
+    torch.testing.assert_close(state["running_mean"], torch.tensor([2.0, 2.0, 4.0]))
+    torch.testing.assert_close(state["running_var"], torch.tensor([2.0, 0.0, 2.0]))
+
+
 def test_recalibrate_writes_a_new_file_of_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", *SMALL, "--output", "run"]) == 0
     capsys.readouterr()

@@ -163,3 +163,8 @@ def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
     return len(shape) <= len(target) and all(
         size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(target), strict=False)
     )
+
+
+def first_line(error: Exception) -> str:
+    """What an error of somebody else's says, short enough for a message of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -26,10 +26,11 @@ from batchnorm.lab.bench_nets import measure_nets
 from batchnorm.lab.compare import compare as run_comparison
 from batchnorm.lab.data import DATASETS
 from batchnorm.lab.deploy import WRITERS
+from batchnorm.lab.files import check_new_file, write_atomically, write_new_file
 from batchnorm.lab.machine import machine_line
 from batchnorm.lab.nets import NORMS
 from batchnorm.lab.recipes import DTYPES, MOST_THREADS, RECIPES, Config, configure, resolve_device
-from batchnorm.lab.run_folder import RunFolder, RunFolderError, default_output, write_atomically
+from batchnorm.lab.run_folder import RunFolder, RunFolderError, default_output
 from batchnorm.lab.train import EpochResult, Training, load_dataset
 from batchnorm.model import fold as run_fold
 from batchnorm.model import recalibrate as run_recalibrate
@@ -292,9 +293,7 @@ ModelReference = Annotated[
 Weights = Annotated[
     Path | None, typer.Option(help="Its weights: safetensors, or a checkpoint of tensors.  [default: none]")
 ]
-ModelData = Annotated[
-    str | None, typer.Option("--data", help=f"{_names(DATASETS)}, or package.module:loader, a function.")
-]
+_DATA_HELP = f"{_names(DATASETS)}, or package.module:loader, a function."
 Standardize = Annotated[
     bool, typer.Option("--standardize", help="Pixels of a built-in data set with mean 0 and deviation 1.")
 ]
@@ -303,7 +302,7 @@ Standardize = Annotated[
 @app.command()
 def recalibrate(
     model: ModelReference,
-    data: ModelData,
+    data: Annotated[str, typer.Option(help=_DATA_HELP)],
     output: Annotated[Path, typer.Option(help="New file for the weights: .safetensors, .pt or .pth.")],
     weights: Weights = None,
     data_dir: DataDir = None,
@@ -315,14 +314,13 @@ def recalibrate(
     ] = False,
 ) -> None:
     """Replace a model's running statistics by those of the data, and write its weights to a new file."""
-    assert data is not None  # by typer: it has no default
-    references.check_new_file("--output", output, references.WEIGHT_FILES)
+    check_new_file("--output", output, references.WEIGHT_FILES)
     net = _load_model(model, weights)
     loader = references.make_loader(data, data_dir=data_dir, batch_size=batch_size, standardize=standardize)
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     run_recalibrate(net, loader, max_batches=max_batches, sequential=sequential, progress=out.is_terminal)
     out.print(tables.moved_statistics(net, before))
-    references.write_new_file(output, references.weights_as_bytes(net, output.suffix))
+    write_new_file(output, references.weights_as_bytes(net, output.suffix))
     out.print(f"recalibrated weights in {output}")
 
 
@@ -334,23 +332,23 @@ def fold(
     example: Annotated[
         str | None, typer.Option(help="Shape of an input, such as 1x3x224x224: normal numbers are tried.")
     ] = None,
-    data: ModelData = None,
+    data: Annotated[str | None, typer.Option(help=_DATA_HELP)] = None,
     data_dir: DataDir = None,
     standardize: Standardize = False,
 ) -> None:
     """Fold a model's batch norms into its other layers, check the result, and write it to a new file."""
-    if (example is None) == (data is None):
-        raise ValueError("give an input to check with: either --example or --data")
-    references.check_new_file("--output", output, tuple(WRITERS))
+    check_new_file("--output", output, tuple(WRITERS))
     net = _load_model(model, weights)
-    if example is not None:
+    if example is not None and data is None:
         batch = references.example_input(example)
+    elif data is not None and example is None:
+        loader = references.make_loader(data, data_dir=data_dir, standardize=standardize)
+        batch = references.first_input(loader, data)
     else:
-        loader = references.make_loader(data, data_dir=data_dir, standardize=standardize)  # type: ignore[arg-type]
-        batch = references.first_input(loader, str(data))
+        raise ValueError("give an input to check with: either --example or --data")
     folded = run_fold(net, batch)
     out.print(str(folded.fold_report))
-    references.write_new_file(output, WRITERS[output.suffix](folded, batch))
+    write_new_file(output, WRITERS[output.suffix](folded, batch))
     out.print(f"folded model in {output}")
 
 

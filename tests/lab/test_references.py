@@ -8,13 +8,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from batchnorm.lab.files import check_new_file, write_new_file
 from batchnorm.lab.references import (
-    check_new_file,
     load_weights,
     make_loader,
     make_model,
     weights_as_bytes,
-    write_new_file,
 )
 
 MODULE = """

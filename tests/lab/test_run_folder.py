@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from batchnorm.lab import run_folder
+from batchnorm.lab import files
 from batchnorm.lab.data import Dataset, load
+from batchnorm.lab.files import write_atomically
 from batchnorm.lab.recipes import configure
-from batchnorm.lab.run_folder import RunFolder, RunFolderError, default_output, write_atomically
+from batchnorm.lab.run_folder import RunFolder, RunFolderError, default_output
 from batchnorm.lab.train import Training
 
 
@@ -170,7 +171,7 @@ def test_write_atomically_keeps_the_old_file_when_it_fails(
     def fail(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_folder.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"

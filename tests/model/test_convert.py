@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import batchnorm as bn
 from batchnorm.kernels import cpu
 from batchnorm.kernels.reference import ACTIVATIONS
-from batchnorm.model import convert, fusion, revert
+from batchnorm.model import convert, revert
+from batchnorm.model.fusion import waiting
 from tests.model.zoo import ZOO, BasicBlock, build
 
 # How many layers run together with what follows them, and how many of those with an add.
@@ -67,7 +68,7 @@ C = 4
 @pytest.fixture(autouse=True)
 def _seed_and_small_inputs_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     # Small ones go by torch's operator, for which nothing would wait.
-    monkeypatch.setattr(fusion, "_fuses", lambda layer, x: True)
+    monkeypatch.setattr(waiting, "_fuses", lambda layer, x: True)
     torch.manual_seed(0)
 
 
@@ -75,13 +76,13 @@ def _seed_and_small_inputs_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, str | None]]:
     """Forwards of layers that waited: whether there was a residual, and the activation."""
     seen: list[tuple[bool, str | None]] = []
-    run = fusion._Pass.run
+    run = waiting._Pass.run
 
     def spied(self: Any, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         seen.append((residual is not None, activation))
         return run(self, residual, activation)
 
-    monkeypatch.setattr(fusion._Pass, "run", spied)
+    monkeypatch.setattr(waiting._Pass, "run", spied)
     return seen
 
 
@@ -98,7 +99,7 @@ def converted(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def fusing(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, fusion._Fusing)]
+    return [name for name, module in model.named_modules() if isinstance(module, waiting._Fusing)]
 
 
 def images(n: int = 3, size: int = 5) -> Tensor:
@@ -230,7 +231,7 @@ def test_fuses_what_can_be_fused(name: str, runs: list[tuple[bool, str | None]])
 def _calls_of_fusing(model: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[nn.Module]:
     """Each forward of a fusing layer, seen by hooks, with which nothing is fused."""
     called: list[nn.Module] = []
-    layers = [module for module in model.modules() if isinstance(module, fusion._Fusing)]
+    layers = [module for module in model.modules() if isinstance(module, waiting._Fusing)]
     handles = [layer.register_forward_hook(lambda m, args, y: called.append(m)) for layer in layers]
     model(*inputs)
     for handle in handles:
@@ -828,11 +829,11 @@ def test_waits_only_for_a_kernel_that_fuses(monkeypatch: pytest.MonkeyPatch) -> 
     ours = converted(model)
     x = images(2, 4)
     with monkeypatch.context() as patch:
-        patch.setattr(fusion._Pass, "run", None)
+        patch.setattr(waiting._Pass, "run", None)
         converted(model)(x)
     calls = []
-    run = fusion._Pass.run
-    monkeypatch.setattr(fusion._Pass, "run", lambda *args: calls.append(1) or run(*args))
+    run = waiting._Pass.run
+    monkeypatch.setattr(waiting._Pass, "run", lambda *args: calls.append(1) or run(*args))
     x = images(2, 64)
     assert x.numel() >= cpu.SMALLEST
     assert_same_training(ours, model, (x,))
@@ -1144,7 +1145,7 @@ def test_an_input_that_changes_while_the_layer_waits_is_an_error() -> None:
     model = block(forward)
     assert fusing(convert(model)) == []
     # Found in training mode only, had the code been another.
-    model.b1.__class__ = fusion.FusingBatchNorm2d
+    model.b1.__class__ = waiting.FusingBatchNorm2d
     model.b1._callers, model.b1._followers = ((__name__, "forward"),), ()
     with torch.no_grad():
         model(images())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from copy import copy
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from batchnorm import recipes
 from batchnorm.kernels import reference
@@ -22,7 +24,7 @@ _PLAIN_TYPES = (Tensor, nn.Parameter)
 _C = TypeVar("_C", bound="Call")
 
 
-class Call:
+class Call(ABC):
     """One normalisation: what its forward leaves for its backward, besides tensors that autograd watches.
 
     Attributes:
@@ -52,30 +54,29 @@ class Call:
         else:
             self.slope_from = "output" if activation in _SLOPE_FROM_OUTPUT else "residual"
 
+    @abstractmethod
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         """The output; the statistics it was normalised by stay with the call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare_again(self) -> None:
         """Let `forward` normalise by the statistics that it has left, and move none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(
         self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight, bias and residual."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mean_and_invstd(self) -> tuple[Tensor, Tensor]:
         """What `forward` has normalised by, per channel."""
-        raise NotImplementedError
 
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """The output, with a graph where gradients are wanted."""
-        if residual is not None and residual.stride() != x.stride():
-            residual = in_layout_of(x, residual)
+        residual = None if residual is None else in_layout_of(x, residual)
         if torch.is_grad_enabled():
             y = _Normalise.apply(x, weight, bias, residual, self)
         else:
@@ -171,8 +172,17 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in _PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_neg()
 
 
+def can_run_here() -> bool:
+    """Whether kernels that see memory may run: not while others watch the operations, or derive forward."""
+    return not (
+        torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    )
+
+
 def in_layout_of(x: Tensor, tensor: Tensor) -> Tensor:
-    """The values of `tensor` in memory that is laid out as that of `x`."""
+    """The numbers of `tensor` in memory that is laid out as that of `x`: itself, where they are already."""
+    if tensor.stride() == x.stride() and not tensor.is_neg():
+        return tensor
     return torch.empty_like(x).copy_(tensor)
 
 

@@ -8,7 +8,6 @@ import io
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from batchnorm.checks import first_line
 from batchnorm.lab.data import DATASETS, load
 
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -123,42 +123,6 @@ def weights_as_bytes(model: nn.Module, suffix: str) -> bytes:
     return file.getvalue()
 
 
-def check_new_file(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
-    """ValueError unless the path has one of the suffixes, is free, and its folder can be written to."""
-    if path.suffix not in suffixes:
-        raise ValueError(f"{option} {path} must end in {' or '.join(suffixes)}")
-    if path.exists() or path.is_symlink():
-        raise ValueError(f"{option} {path} is there already: give a new file, nothing is overwritten")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{option} {path} cannot be written: give a file in a folder that can be written to")
-
-
-def write_new_file(path: Path, content: bytes) -> None:
-    """Write a file that was not there: whole or not at all, and never over another.
-
-    Raises:
-        ValueError: in the meantime there is one.
-    """
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # temporary files are the user's alone
-        os.link(temporary, path)
-    except FileExistsError:
-        raise ValueError(f"{path} is there already: nothing is overwritten") from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask
-
-
 def _call(reference: str, what: str) -> Any:
     """Call a function without arguments, by its reference."""
     if _REFERENCE.fullmatch(reference) is None:
@@ -189,9 +153,8 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             return dict(safetensors.torch.load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever bytes that are no checkpoint may raise
-        first_line = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
         raise ValueError(
-            f"{path} is no safetensors file and no checkpoint of tensors alone: {first_line}"
+            f"{path} is no safetensors file and no checkpoint of tensors alone: {first_line(error)}"
         ) from None
     for key in _MODEL_KEYS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from batchnorm.checks import first_line
 from batchnorm.lab import figures
+from batchnorm.lab.files import TEMPORARY, write_atomically
 from batchnorm.lab.machine import machine, versions
 from batchnorm.lab.recipes import Config
 from batchnorm.lab.train import Training
@@ -20,7 +20,6 @@ from batchnorm.lab.train import Training
 CHECKPOINT, METRICS, SUMMARY, CURVES = "checkpoint.pt", "metrics.jsonl", "summary.json", "curves.png"
 
 _FORMAT = "batchnorm train checkpoint 1"
-_TEMPORARY = ".tmp"
 
 
 class RunFolderError(ValueError):
@@ -67,7 +66,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{path} holds no {CHECKPOINT} to resume from (found {', '.join(sorted(found)[:3])})"
             )
-        for left_behind in folder.path.glob(f".*{_TEMPORARY}"):
+        for left_behind in folder.path.glob(f".*{TEMPORARY}"):
             left_behind.unlink()
         return folder
 
@@ -112,7 +111,7 @@ class RunFolder:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever bytes that are no checkpoint may raise
             raise RunFolderError(
-                f"{path} is damaged, or no checkpoint: {_first_line(error)}. Start again in another folder"
+                f"{path} is damaged, or no checkpoint: {first_line(error)}. Start again in another folder"
             ) from None
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             raise RunFolderError(f"{path} is not a checkpoint of batchnorm train; it was left as it is")
@@ -122,7 +121,7 @@ class RunFolder:
                 raise ValueError("its data folder is no path")
             return Config(**state["config"]), state
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RunFolderError(f"{path} has no usable configuration: {_first_line(error)}") from None
+            raise RunFolderError(f"{path} has no usable configuration: {first_line(error)}") from None
 
     def restore(self, training: Training, state: dict[str, Any]) -> None:
         """Put a loaded state into a Training, and the other files back in step with it."""
@@ -130,7 +129,7 @@ class RunFolder:
             training.load_state_dict(state)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise RunFolderError(
-                f"{self.path / CHECKPOINT} does not fit its own configuration: {_first_line(error)}"
+                f"{self.path / CHECKPOINT} does not fit its own configuration: {first_line(error)}"
             ) from None
         self.write_results(training)
 
@@ -139,7 +138,7 @@ class RunFolder:
             raise RunFolderError(f"{self.path} is a file: give a folder as --output")
         if not self.path.exists():
             return set()
-        return {entry.name for entry in self.path.iterdir() if not entry.name.endswith(_TEMPORARY)}
+        return {entry.name for entry in self.path.iterdir() if not entry.name.endswith(TEMPORARY)}
 
     def _write(self, name: str, content: bytes) -> None:
         try:
@@ -148,24 +147,6 @@ class RunFolder:
             raise RunFolderError(f"cannot write {self.path / name}: {error.strerror}") from None
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that, whenever the process dies, it is the old one or the new one, whole."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", suffix=_TEMPORARY, dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def default_output(kind: str, *words: str) -> Path:
     """A folder under runs/ named by the time, the kind of run and what tells it from others."""
     return Path("runs") / "-".join([datetime.now().strftime("%Y%m%d-%H%M%S"), kind, *words])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]

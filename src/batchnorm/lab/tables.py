@@ -101,7 +101,8 @@ def moved_statistics(model: nn.Module, before: Mapping[str, Tensor]) -> Table:
     for name, layer in model.named_modules():
         if not isinstance(layer, _BatchNorm) or layer.running_mean is None or layer.running_var is None:
             continue
-        old_mean, old_var = before[f"{name}.running_mean"], before[f"{name}.running_var"]
+        prefix = f"{name}." if name else ""
+        old_mean, old_var = before[f"{prefix}running_mean"], before[f"{prefix}running_var"]
         moved = (layer.running_mean - old_mean).abs() / (layer.running_var + layer.eps).sqrt()
         ratio = layer.running_var / old_var
         numbers = (moved.median(), moved.max(), ratio.min(), ratio.max())

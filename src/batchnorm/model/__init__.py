@@ -9,8 +9,9 @@ from batchnorm.model.hold import hold
 from batchnorm.model.keras import load_keras
 from batchnorm.model.memory_efficient import memory_efficient
 from batchnorm.model.merge_running_statistics import merge_running_statistics
-from batchnorm.model.parameters import parameter_groups, reset
+from batchnorm.model.parameter_groups import parameter_groups
 from batchnorm.model.recalibrate import recalibrate
+from batchnorm.model.reset import reset
 
 __all__ = [
     "FoldReport",

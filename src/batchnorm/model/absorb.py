@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from batchnorm.layers import _BatchNorm as _OurBatchNorm
+from batchnorm.model.batch_norms import batch_norms, check_initialized, has_statistics
 from batchnorm.model.calling import call, evaluating, unwrapped
 from batchnorm.model.freeze import is_frozen
-from batchnorm.model.layers import batch_norms, check_initialized, has_statistics
 
 # By their own class: a subclass may do something else with its bias.
 _BIASED = {

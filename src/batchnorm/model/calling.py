@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.model.layers import quoted
+from batchnorm.model.batch_norms import quoted
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -24,8 +24,9 @@ from batchnorm.layers import (
     LazyBatchNorm3d,
     _BatchNorm,
 )
-from batchnorm.model.fusion import FUSING, find
-from batchnorm.model.layers import batch_norms, check_model
+from batchnorm.model.batch_norms import batch_norms, check_model
+from batchnorm.model.fusion.find import find
+from batchnorm.model.fusion.waiting import FUSING
 from batchnorm.model.memory_efficient import memory_efficient as build_outputs_again
 
 

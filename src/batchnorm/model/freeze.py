@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.model.layers import batch_norms, check_initialized, check_model, has_statistics
+from batchnorm.model.batch_norms import batch_norms, check_initialized, check_model, has_statistics
 
 _WHEN_FROZEN = "_requires_grad_when_frozen"
 

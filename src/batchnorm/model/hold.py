@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
+
+from batchnorm.model.batch_norms import is_initialized, quoted
 
 
 @contextmanager
@@ -27,11 +28,10 @@ def hold(model: nn.Module) -> Iterator[nn.Module]:
     tracking = []
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm):
-            lazy = isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params()
-            if lazy and layer.track_running_stats:
+            if layer.track_running_stats and not is_initialized(layer):
                 raise ValueError(
-                    f"{type(layer).__name__} {name!r} has no running statistics to hold yet: run one batch "
-                    "through the model first"
+                    f"{quoted(layer, name)} has no running statistics to hold yet: run one batch through the "
+                    "model first"
                 )
             tracking.append((layer, layer.track_running_stats))
     try:

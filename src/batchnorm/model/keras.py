@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import checks
 from batchnorm.layers import _BatchNorm as _OurBatchNorm
-from batchnorm.model.layers import check_initialized, has_statistics
+from batchnorm.model.batch_norms import check_initialized, has_statistics
 
 
 def load_keras(

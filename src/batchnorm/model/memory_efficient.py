@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from batchnorm import recipes
-from batchnorm.model.layers import check_model
+from batchnorm.model.batch_norms import check_model
 
 _hooks_enabled = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
 

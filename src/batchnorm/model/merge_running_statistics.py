@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.distributed import Processes, group_of, parse
+from batchnorm.model.batch_norms import check_model, has_statistics, is_initialized, quoted
 
 
 def merge_running_statistics(model: nn.Module, group: Any = None) -> nn.Module:
@@ -41,10 +41,7 @@ def merge_running_statistics(model: nn.Module, group: Any = None) -> nn.Module:
             not the same.
         RuntimeError: a process did not come.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"merge_running_statistics: expected a model (torch.nn.Module), got {type(model).__name__}"
-        )
+    check_model(model, "merge_running_statistics")
     try:
         process_group = group_of(parse(True if group is None else group))
     except TypeError:
@@ -58,7 +55,7 @@ def merge_running_statistics(model: nn.Module, group: Any = None) -> nn.Module:
     layers = {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm) and _tracks(layer)
+        if isinstance(layer, _BatchNorm) and has_statistics(layer)
     }
     device = next((tensor.device for tensor in [*model.buffers(), *model.parameters()]), torch.device("cpu"))
     _check_together(layers, processes, device)
@@ -67,13 +64,9 @@ def merge_running_statistics(model: nn.Module, group: Any = None) -> nn.Module:
     return model
 
 
-def _tracks(layer: _BatchNorm) -> bool:
-    return layer.running_mean is not None and layer.running_var is not None
-
-
 def _check_together(layers: dict[str, _BatchNorm], processes: Processes, device: torch.device) -> None:
     """Raise in every process when one cannot take part, rather than let the others wait for it."""
-    lazy = [name for name, layer in layers.items() if _is_lazy(layer)]
+    lazy = [name for name, layer in layers.items() if not is_initialized(layer)]
     shapes = [(name, layer.num_features) for name, layer in layers.items()]
     signature = int(hashlib.sha256(repr(shapes).encode()).hexdigest()[:15], 16)
     several, largest, smallest = processes.largest(
@@ -81,7 +74,7 @@ def _check_together(layers: dict[str, _BatchNorm], processes: Processes, device:
     ).tolist()
     if lazy:
         raise ValueError(
-            f"merge_running_statistics: {type(layers[lazy[0]]).__name__} {lazy[0]!r} has no running "
+            f"merge_running_statistics: {quoted(layers[lazy[0]], lazy[0])} has no running "
             "statistics yet: run one batch through the model first"
         )
     if several:
@@ -94,10 +87,6 @@ def _check_together(layers: dict[str, _BatchNorm], processes: Processes, device:
             "merge_running_statistics: expected the same batch norms in every process, but the models "
             f"differ. This one, on rank {processes.rank()}, has {len(shapes)}, as (name, channels): {shapes}"
         )
-
-
-def _is_lazy(layer: _BatchNorm) -> bool:
-    return isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params()
 
 
 @torch.no_grad()

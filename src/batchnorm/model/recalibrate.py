@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import checks
+from batchnorm.model.batch_norms import batch_norms, check_initialized, check_model, has_statistics, quoted
 from batchnorm.model.batches import Batches
 from batchnorm.model.calling import call, evaluating, unwrapped
 from batchnorm.model.freeze import is_frozen
 from batchnorm.model.gather import Seen, check_group, gathered
-from batchnorm.model.layers import batch_norms, check_initialized, check_model, has_statistics, quoted
 from batchnorm.moments import Moments
 
 # Taken to float64 at a time: on a CPU what stays in its cache, which is 5 times as fast; on a device, whose

@@ -10,11 +10,9 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from batchnorm import recipes
-from batchnorm.kernels.autograd import FUSED as FUSED
-from batchnorm.kernels.autograd import Call, in_layout_of, is_plain
+from batchnorm.kernels.autograd import Call, can_run_here, in_layout_of, is_plain
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu import team
 from batchnorm.kernels.cpu.pages import empty_like
@@ -67,21 +65,12 @@ def supports(
     the_plan = _plan(x, channel_dim)
     if the_plan is None or (rows_are_torchs and the_plan.kind == "rows"):
         return False
-    return _can_run_here() and _work()
+    return not torch.are_deterministic_algorithms_enabled() and can_run_here() and _work()
 
 
 def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether the memory of a tensor holds its numbers: kernels see addresses, not tensors."""
     return tensor.dtype is dtype and tensor.is_cpu and is_plain(tensor)
-
-
-def _can_run_here() -> bool:
-    return not (
-        torch.are_deterministic_algorithms_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-    )
 
 
 @cache
@@ -220,8 +209,7 @@ class _Call(Call):
         """Gradients of x, weight, bias and residual."""
         the_plan, activation = self.plan, self.activation
         wants_x, wants_weight, wants_bias, wants_residual = wanted
-        if grad_y.stride() != x.stride() or grad_y.is_neg():
-            grad_y = in_layout_of(x, grad_y)
+        grad_y = in_layout_of(x, grad_y)
         by_batch = self.by_batch
         grad_x = empty_like(x) if wants_x else None
         grad_weight = torch.empty(the_plan.channels, dtype=x.dtype) if wants_weight else None

@@ -13,10 +13,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from batchnorm import recipes
-from batchnorm.kernels.autograd import Call, in_layout_of, is_plain
+from batchnorm.kernels.autograd import Call, can_run_here, in_layout_of, is_plain
 from batchnorm.kernels.cuda import plan as planning
 from batchnorm.kernels.cuda.plan import Plan
 from batchnorm.moments import Moments
@@ -52,13 +51,7 @@ def supports(
         is_plain(residual) and residual.dtype is dtype and residual.device == x.device
     ):
         return False
-    return _plan(x, channel_dim) is not None and _can_run_here() and _work()
-
-
-def _can_run_here() -> bool:
-    return not (
-        torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0 or torch.jit.is_tracing()
-    )
+    return _plan(x, channel_dim) is not None and can_run_here() and _work()
 
 
 @cache
@@ -217,8 +210,7 @@ class _Call(Call):
         """Gradients of x, weight, bias and residual."""
         launch, activation, slope_from = _launch(), self.activation, self.slope_from
         wants_x, wants_weight, wants_bias, wants_residual = wanted
-        if grad_y.stride() != x.stride() or grad_y.is_neg():
-            grad_y = in_layout_of(x, grad_y)
+        grad_y = in_layout_of(x, grad_y)
         grad_x = torch.empty_like(x) if wants_x else None
         grad_weight = torch.empty_like(self.weight) if wants_weight and self.weight is not None else None
         grad_bias = torch.empty_like(self.bias) if wants_bias and self.bias is not None else None
@@ -301,7 +293,9 @@ def backward_sums(
     """
     the_plan, launch = _plan_of(x, channel_dim), _launch()
     slope_from = "x" if residual is None else "residual"
-    return launch.take_sums(the_plan, x, residual, _like(x, grad_y), table, activation, slope_from).sum(1)
+    return launch.take_sums(
+        the_plan, x, residual, in_layout_of(x, grad_y), table, activation, slope_from
+    ).sum(1)
 
 
 def parameter_gradients(sums: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,15 +322,11 @@ def backward_apply(
     coefficients, grad_x = torch.empty_like(sums), torch.empty_like(x)
     grad_residual = None if residual is None else torch.empty_like(x)
     launch.merge_sums(sums[:, None].contiguous(), x, table, None, None, coefficients)
+    grad_y = in_layout_of(x, grad_y)
     launch.grad(
-        the_plan, x, residual, _like(x, grad_y), grad_x, grad_residual, table, coefficients, activation,
-        slope_from,
-    )  # fmt: skip
+        the_plan, x, residual, grad_y, grad_x, grad_residual, table, coefficients, activation, slope_from
+    )
     return grad_x, grad_residual
-
-
-def _like(x: Tensor, grad_y: Tensor) -> Tensor:
-    return grad_y if grad_y.stride() == x.stride() and not grad_y.is_neg() else in_layout_of(x, grad_y)
 
 
 def _plan_of(x: Tensor, channel_dim: int) -> Plan:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from batchnorm.model.layers import quoted
+from batchnorm.model.batch_norms import quoted
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -136,14 +136,14 @@ def relative_error(wanted: Any, got: Any, *, exactly: bool = True) -> float:
 
 def tensors(output: Any) -> Iterator[Tensor]:
     """Every tensor in nested mappings, sequences, dataclasses and plain objects."""
-    todo, seen = [output], set()
-    while todo:
-        value = todo.pop()
+    pending, seen = [output], set()
+    while pending:
+        value = pending.pop()
         if isinstance(value, Tensor):
             yield value.to_dense() if value.layout != torch.strided else value
         elif id(value) not in seen:
             seen.add(id(value))
-            todo.extend(reversed(_inside(value)))
+            pending.extend(reversed(_inside(value)))
 
 
 def outputs_of(model: nn.Module, names: list[str], run: Callable[[], Any]) -> dict[str, list[Any]]:

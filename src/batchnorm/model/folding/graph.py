@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.model.layers import quoted
+from batchnorm.checks import first_line
+from batchnorm.model.batch_norms import quoted
 
 # A node, and the reorderings of dimensions and flattens on the way to it.
 Path = tuple[fx.Node, tuple[fx.Node, ...]]
@@ -141,9 +142,9 @@ class Graphs:
     def readers(self, node: fx.Node) -> tuple[list[Path], str]:
         """All calls that read `node`, past what passes its values on unchanged, or none and why not."""
         found: list[Path] = []
-        todo: list[Path] = [(node, ())]
-        while todo:
-            value, moves = todo.pop()
+        pending: list[Path] = [(node, ())]
+        while pending:
+            value, moves = pending.pop()
             if not value.users:
                 return [], "nothing reads its output"
             for user in value.users:
@@ -153,9 +154,9 @@ class Graphs:
                 if layer is not None and (_input(user) is not value or _times_read(user, value) > 1):
                     return [], f"{self.describe(user)} reads its output as more than its input"
                 if self._passes_on(user):
-                    todo.append((user, moves))
+                    pending.append((user, moves))
                 elif _reorders(user) or self.flattens(user):
-                    todo.append((user, (*moves, user)))
+                    pending.append((user, (*moves, user)))
                 else:
                     found.append((user, moves))
         return found, ""
@@ -253,7 +254,7 @@ class Graphs:
                 warnings.simplefilter("ignore")
                 return _Tracer(self._is_leaf).trace(module, constants), ""
         except Exception as failure:  # whatever the user's code raises when it is given proxies
-            return None, _first_line(failure)
+            return None, f"{type(failure).__name__}: {first_line(failure)}"
 
     def _is_leaf(self, module: nn.Module) -> bool:
         return module in self.errors or module in self._hooked or self._is_layer(module)
@@ -312,11 +313,6 @@ def _operations(graph: fx.Graph) -> list[tuple[str, Any]]:
         for node in graph.nodes
         if node.op != "placeholder" and not getattr(node.target, "__name__", "").startswith("_assert")
     ]
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

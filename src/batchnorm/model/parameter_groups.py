@@ -1,4 +1,4 @@
-"""parameter_groups and reset: parameters and running statistics of batch norms, told by their type."""
+"""parameter_groups: what weight decay shrinks and what it leaves alone, told by the type of the module."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from batchnorm.model.freeze import is_frozen
-from batchnorm.model.layers import batch_norms, check_initialized, check_model, has_statistics
+from batchnorm.model.batch_norms import check_model
 
 _NORMS = tuple(getattr(nn, name) for name in ("LayerNorm", "GroupNorm", "RMSNorm") if hasattr(nn, name))
 
@@ -63,32 +62,3 @@ def parameter_groups(
         {"params": decayed, "weight_decay": weight_decay},
         {"params": left_alone, "weight_decay": 0.0},
     ]
-
-
-def reset(model: nn.Module) -> nn.Module:
-    """Set the running statistics of every batch norm to mean 0, variance 1 and counter 0, as when new.
-
-    `weight` and `bias` stay. Left alone: layers without running statistics, and frozen ones (`bn.freeze`).
-
-    Args:
-        model: its buffers are written in place.
-
-    Returns:
-        model
-
-    Raises:
-        TypeError: not an nn.Module.
-        ValueError: no batch norm with running statistics that are not frozen, or a lazy layer without its
-            first input.
-    """
-    found = batch_norms(model, "reset")
-    check_initialized(model, "reset")
-    layers = [layer for layer in found.values() if has_statistics(layer) and not is_frozen(layer)]
-    if not layers:
-        raise ValueError(
-            "reset: every batch norm of the model is frozen or has no running statistics: there is nothing "
-            "to reset"
-        )
-    for layer in layers:
-        layer.reset_running_stats()
-    return model

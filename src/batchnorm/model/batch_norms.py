@@ -35,11 +35,17 @@ def check_model(model: Any, verb: str) -> None:
 def check_initialized(model: nn.Module, verb: str) -> None:
     """Raise ValueError when a lazy module of `model` has not seen its first input yet."""
     for name, module in model.named_modules():
-        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+        if not is_initialized(module):
             raise ValueError(
                 f"{verb}: {quoted(module, name)} has not seen its first input yet: run one batch through the "
                 "model first"
             )
+
+
+def is_initialized(module: nn.Module) -> bool:
+    """Whether all that the module itself has is there (it is no lazy one before its first input)."""
+    tensors = *module._parameters.values(), *module._buffers.values()
+    return not any(tensor is not None and is_lazy(tensor) for tensor in tensors)
 
 
 def has_statistics(layer: _BatchNorm) -> bool:
