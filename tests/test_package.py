@@ -39,6 +39,7 @@ PUBLIC = {
 }
 # Found in the environment of a test run; a plain import must not pay for them, nor need the [lab] ones.
 HEAVY = {
+    "llvmlite",
     "numba",
     "triton",
     "matplotlib",

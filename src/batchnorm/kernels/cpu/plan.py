@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
 import torch
 
-from batchnorm.kernels.cpu import machine_code, team
+from batchnorm.kernels.cpu import team
 from batchnorm.kernels.layout import layout_of
 
 DTYPES = (torch.float32, torch.float64)
@@ -155,7 +156,7 @@ def _kernel(name: str, kind: str, dtype: torch.dtype) -> int:
         real = np.float32 if dtype == torch.float32 else np.float64
         return types.void(types.voidptr), getattr(module, name)(real)
 
-    return machine_code.load(f"{name}-{kind}-{_name(dtype)}", build, team.symbols())
+    return _load(f"{name}-{kind}-{_name(dtype)}", build, team.symbols())
 
 
 @cache
@@ -171,7 +172,13 @@ def function(name: str, shape: str, dtype: torch.dtype, *options: Any) -> int:
         return getattr(runs, f"{name}_{shape}")(real, *options)
 
     name_parts = [name, shape, _name(dtype), *map(str, options)]
-    return machine_code.load("-".join(name_parts), build, {})
+    return _load("-".join(name_parts), build, {})
+
+
+def _load(name: str, build: Callable[[], Any], symbols: dict[str, int]) -> int:
+    from batchnorm.kernels.cpu import machine_code  # imports llvmlite
+
+    return machine_code.load(name, build, symbols)
 
 
 def _name(dtype: torch.dtype) -> str:
