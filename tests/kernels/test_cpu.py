@@ -595,6 +595,10 @@ def test_the_choice(monkeypatch):
     for rows, channels, activation in [(50, 128, None), (49, 128, "relu"), (49, 127, None)]:
         assert choose(torch.randn(rows, channels), 1, activation=activation) is cpu
     assert choose(torch.randn(49, 128), 1) is native
+    monkeypatch.setattr(cpu, "SMALL", 4 * 49 * 127)
+    assert choose(torch.randn(49, 127), 1) is native
+    assert choose(torch.randn(49, 126), 1) is cpu  # a byte less than SMALL and more
+    assert choose(torch.randn(300, 31), 1) is cpu
     monkeypatch.setattr(cpu, "SMALLEST", x.numel() + 1)
     assert choose(x, 1) is native
 

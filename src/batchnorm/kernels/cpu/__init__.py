@@ -24,9 +24,10 @@ _COSTLY = frozenset({"elu", "gelu", "silu", "mish", "sigmoid", "tanh"})
 
 # For fewer values torch's operator is done before an autograd function in Python has begun.
 SMALLEST = 32768
-# Channels of a row from which on torch's channels_last operator keeps up, for tensors of fewer bytes than
-# glibc maps anew each time.
-NARROW, MAPPED = 128, 32 * 1024 * 1024
+# Channels of a row from which on torch's channels_last operator keeps up: in tensors of fewer bytes than
+# SMALL, and in those that glibc does not map anew each time.
+NARROW_OF_SMALL, NARROW = 128, 32
+SMALL, MAPPED = 4 * 1024 * 1024, 32 * 1024 * 1024
 
 _pack = struct.Struct(f.FORMAT).pack
 
@@ -44,11 +45,12 @@ def supports(
     if size < SMALLEST and not (size and recording):
         return False
     # Over rows torch is at the speed of memory too, but for narrow ones and where pages are new each time.
+    in_bytes = size * x.element_size()
     rows_are_torchs = (
         activation is None
         and residual is None
-        and channels >= NARROW
-        and size * x.element_size() < MAPPED
+        and channels >= (NARROW_OF_SMALL if in_bytes < SMALL else NARROW)
+        and in_bytes < MAPPED
         and not recording
     )
     if rows_are_torchs and x.ndim == 2:
