@@ -73,12 +73,12 @@ def main() -> None:
     assert team.available()
     table = Table(box=None)
     rows = {shape: medians(pieces(shape)) for shape in SHAPES}
-    table.add_column("shape")
+    table.add_column("shape", no_wrap=True)
     for name in rows[SHAPES[0]]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=7)
     for shape, row in rows.items():
         table.add_row("x".join(map(str, shape)), *(f"{value:,.0f}" for value in row.values()))
-    Console().print(table, machine_line(), sep="\n")
+    Console(width=100).print(table, machine_line(), sep="\n")
 
 
 if __name__ == "__main__":
