@@ -16,8 +16,7 @@ import pytest
 import torch
 
 import batchnorm as bn
-from batchnorm import cli
-from batchnorm.cli import run
+from batchnorm.cli import bench, run
 from batchnorm.lab.nets import LeNet
 from batchnorm.lab.references import load_weights, make_loader, weights_as_bytes
 
@@ -160,8 +159,8 @@ def test_ctrl_c_in_a_bench_says_so_and_writes_nothing(
 def test_bench_of_nets_and_without_a_compiler(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = partial(cli.measure_nets, stack_size=4, batch=2, image_size=32, width=2)
-    monkeypatch.setattr(cli, "measure_nets", small)
+    small = partial(bench.measure_nets, stack_size=4, batch=2, image_size=32, width=2)
+    monkeypatch.setattr(bench, "measure_nets", small)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert run([*BENCH, "4x6", "--cases", "forward", "--compile", "--json", "bench.json"]) == 0

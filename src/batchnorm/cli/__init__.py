@@ -1,0 +1,37 @@
+"""The `batchnorm` command: a thin layer over the verbs and the lab, one file per family of commands."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from batchnorm.cli import bench, models, train
+from batchnorm.cli.app import Interrupted, app
+
+__all__ = ["bench", "models", "run", "train"]
+
+INTERRUPTED = 130
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; whatever is wrong with the input is one line and 2."""
+    command = typer.main.get_command(app)
+    try:
+        code = command(arguments, prog_name="batchnorm", standalone_mode=False) or 0
+    except Interrupted as error:
+        return _complain(str(error), INTERRUPTED)
+    except (ValueError, OSError) as error:
+        return _complain(str(error))
+    except Exception as error:
+        # typer ships its own copy of click or uses click's, by version: its errors are told by what they do.
+        if hasattr(error, "format_message"):
+            return _complain(error.format_message())
+        raise
+    # typer makes a code of Ctrl-C, without a word.
+    return _complain("interrupted", code) if code == INTERRUPTED else code
+
+
+def _complain(message: str, code: int = 2) -> int:
+    print("batchnorm:", " ".join(message.split()), file=sys.stderr)
+    return code

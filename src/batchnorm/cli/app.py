@@ -1,0 +1,47 @@
+"""What the commands share: the app, the terminal, a progress bar, and an interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+app = typer.Typer(
+    name="batchnorm",
+    help="Batch normalization done right for PyTorch: verbs on models, and the lab's experiments.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False, soft_wrap=True, markup=False)
+
+DataDir = Annotated[
+    str | None,
+    typer.Option(help="Folder with the IDX files.  [default: $BATCHNORM_DATA, else downloaded]"),
+]
+
+
+@app.callback()
+def main() -> None:
+    """Batch normalization done right for PyTorch: verbs on models, and the lab's experiments."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with what to do next."""
+
+
+def names(choices: Any) -> str:
+    return ", ".join(choices)
+
+
+@contextmanager
+def progress_bar(steps: int, what: str) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
+        task = progress.add_task(what, total=steps)
+        yield lambda done: progress.advance(task, done)

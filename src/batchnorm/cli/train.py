@@ -1,0 +1,183 @@
+"""`batchnorm train` and `batchnorm compare`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from batchnorm.cli.app import DataDir, Interrupted, app, names, out, progress_bar
+from batchnorm.kernels.reference import ACTIVATIONS
+from batchnorm.lab import figures, tables
+from batchnorm.lab.compare import compare as run_comparison
+from batchnorm.lab.data import DATASETS
+from batchnorm.lab.files import write_atomically
+from batchnorm.lab.machine import machine_line
+from batchnorm.lab.nets import NORMS
+from batchnorm.lab.recipes import DTYPES, RECIPES, Config, configure
+from batchnorm.lab.run_folder import RunFolder, RunFolderError, default_output
+from batchnorm.lab.train import EpochResult, Training, load_dataset
+
+# Options that `train` and `compare` share; what is not given is decided by the recipe.
+Data = Annotated[str | None, typer.Option(help=f"Data set: {names(DATASETS)}.  [default: digits]")]
+Recipe = Annotated[str | None, typer.Option(help=f"Recipe: {names(RECIPES)}.  [default: tutorial]")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per step.")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Adam's rate; the peak of one-cycle.")]
+Activation = Annotated[str | None, typer.Option(help=f"Activation: {names(ACTIVATIONS)}.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the weights and of the shuffling.  [default: 0]")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto.  [default: auto]")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help=f"{names(DTYPES)}; the half precisions train under autocast.  [default: float32]"),
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.  [default: by the batch size]")]
+TrainSamples = Annotated[int | None, typer.Option(help="Keep so many of the training images.")]
+TestSamples = Annotated[int | None, typer.Option(help="Keep so many of the test images.")]
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    data: Data = None,
+    recipe: Recipe = None,
+    norm: Annotated[str | None, typer.Option(help=f"Norm: {names(NORMS)}.  [default: batchnorm]")] = None,
+    batch_size: BatchSize = None,
+    epochs: Epochs = None,
+    lr: LearningRate = None,
+    activation: Activation = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    train_samples: TrainSamples = None,
+    test_samples: TestSamples = None,
+    tutorial_protocol: Annotated[
+        bool | None,
+        typer.Option(
+            "--tutorial-protocol", help="The tutorial's loss formula, and its test in training mode."
+        ),
+    ] = None,
+    data_dir: DataDir = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for metrics, summary, curves and checkpoint.  [default: in runs/]"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+) -> None:
+    """Train LeNet, by default with batchnorm on scanned digits; resumable at any moment."""
+    options = _settings(context)
+    if resume and output is None:
+        raise RunFolderError("--resume needs --output, the folder of the run to go on with")
+    saved = RunFolder.reopen(output).load() if resume and output is not None else None
+    config = configure(**options) if saved is None else saved[0]
+    if saved is not None:
+        _check_same(options, config, output)
+        data_dir = saved[1]["data_dir"] if data_dir is None else data_dir
+    dataset = load_dataset(config, data_dir)
+    if output is None:
+        output = default_output("train", config.data, config.recipe, config.norm)
+    folder = RunFolder.reopen(output) if resume else RunFolder.create(output)
+    folder.data_dir = None if data_dir is None else str(Path(data_dir).expanduser().absolute())
+    training = Training(config, dataset)
+    if saved is None:
+        folder.save(training)
+    else:
+        folder.restore(training, saved[1])
+    _run(training, folder)
+
+
+def _run(training: Training, folder: RunFolder) -> None:
+    config = training.config
+    out.print(
+        f"LeNet, norm {config.norm}, on {config.data}: {config.recipe} recipe, batch size "
+        f"{config.batch_size}, {config.device}; output in {folder.path}"
+    )
+    for result in training.history:
+        out.print(_epoch_line(config, result), style="dim")
+    try:
+        while not training.finished:
+            with progress_bar(training.steps_per_epoch, f"epoch {len(training.history) + 1}") as on_steps:
+                result = training.run_epoch(on_steps)
+            folder.save(training)
+            out.print(_epoch_line(config, result))
+    except KeyboardInterrupt:
+        folder.write_results(training, interrupted=True)
+        done = len(training.history)
+        raise Interrupted(
+            f"interrupted after {done} of {config.epochs} epochs; go on with: "
+            f"batchnorm train --resume --output {shlex.quote(str(folder.path))}"
+        ) from None
+
+
+def _epoch_line(config: Config, result: EpochResult) -> str:
+    line = (
+        f"epoch {result.epoch}, batch size {config.batch_size}, train loss {result.loss:.6f}, "
+        f"time {result.seconds:.2f} s, accuracy {result.accuracy:.4f}"
+    )
+    if result.accuracy_eval is None:
+        return line
+    return f"{line} (test-batch statistics), {result.accuracy_eval:.4f} (running statistics)"
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    norms: Annotated[str, typer.Option(help=f"Comma-separated, of {names(NORMS)}.")] = ",".join(NORMS),
+    seeds: Annotated[int, typer.Option(help="Runs of each norm, with seeds counted from --seed.")] = 3,
+    data: Data = None,
+    recipe: Recipe = None,
+    batch_size: BatchSize = None,
+    epochs: Epochs = None,
+    lr: LearningRate = None,
+    activation: Activation = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    train_samples: TrainSamples = None,
+    test_samples: TestSamples = None,
+    data_dir: DataDir = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for comparison.json and comparison.png.  [default: in runs/]")
+    ] = None,
+) -> None:
+    """Train with several norms and seeds in turn, and print and plot what each gives."""
+    chosen = [norm.strip() for norm in norms.split(",") if norm.strip()]
+    if not chosen or seeds < 1 or len(set(chosen)) < len(chosen):
+        raise ValueError("compare needs one norm or more, each once, and 1 seed or more")
+    options = _settings(context)
+    configs = [configure(norm=norm, **options) for norm in chosen]
+    dataset = load_dataset(configs[0], data_dir)
+    folder = RunFolder.create(
+        default_output("compare", configs[0].data, configs[0].recipe) if output is None else output
+    )
+    steps = configs[0].epochs * seeds * len(chosen) * Training(configs[0], dataset).steps_per_epoch
+    with progress_bar(steps, f"{len(chosen)} norms, {seeds} seeds") as on_steps:
+        result = run_comparison(configs[0], dataset, chosen, seeds, on_steps)
+    write_atomically(
+        folder.path / "comparison.json", (json.dumps(result.as_dict(), indent=2) + "\n").encode()
+    )
+    write_atomically(folder.path / "comparison.png", figures.comparison(result))
+    out.print(tables.comparison(result))
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "1 seed"
+    out.print(f"{machine_line()}; {spread}; results in {folder.path}")
+
+
+def _settings(context: typer.Context) -> dict[str, Any]:
+    """The options that were given and belong to a run's configuration."""
+    names = {field.name for field in fields(Config)}
+    return {name: value for name, value in context.params.items() if name in names and value is not None}
+
+
+def _check_same(options: dict[str, Any], config: Config, output: Path | None) -> None:
+    for name, value in options.items():
+        saved = getattr(config, name)
+        if value != saved and not (name == "device" and value == "auto"):
+            raise RunFolderError(
+                f"the run in {output} has {name} {saved}, not {value}: leave the option out to resume it"
+            )
