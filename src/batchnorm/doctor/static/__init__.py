@@ -1,0 +1,1 @@
+"""Checks that need no data: one file per family."""

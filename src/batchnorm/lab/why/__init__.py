@@ -1,0 +1,1 @@
+"""Why batch norm works: the papers' claims as experiments, one file each."""
