@@ -12,6 +12,7 @@ from batchnorm.layers import (
 from batchnorm.model import (
     FoldReport,
     absorb_bias,
+    adapt,
     convert,
     fold,
     freeze,
@@ -41,6 +42,7 @@ __all__ = [
     "Moments",
     "Renorm",
     "absorb_bias",
+    "adapt",
     "batch_norm",
     "convert",
     "fold",

@@ -1,6 +1,7 @@
 """Verbs on whole models."""
 
 from batchnorm.model.absorb import absorb_bias
+from batchnorm.model.adapt import adapt
 from batchnorm.model.convert import convert, revert
 from batchnorm.model.folding.fold import fold
 from batchnorm.model.folding.report import FoldReport
@@ -16,6 +17,7 @@ from batchnorm.model.reset import reset
 __all__ = [
     "FoldReport",
     "absorb_bias",
+    "adapt",
     "convert",
     "fold",
     "freeze",

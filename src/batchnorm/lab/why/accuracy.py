@@ -143,7 +143,12 @@ def measures(results: Sequence[SeedResult]) -> list[Measure]:
             above=0.1,
         ),
         Measure("correct digits of bn.Moments at |mean|/std = 1e4", "digits", digits("bn.Moments"), above=5),
-        Measure("correct digits of bn.BatchNorm2d at |mean|/std = 1e4", "digits", digits("bn.BatchNorm2d"), above=5),
+        Measure(
+            "correct digits of bn.BatchNorm2d at |mean|/std = 1e4",
+            "digits",
+            digits("bn.BatchNorm2d"),
+            above=5,
+        ),
         *(
             Measure(f"correct digits of {name} at |mean|/std = 1e4", "digits", digits(name))
             for name in METHODS

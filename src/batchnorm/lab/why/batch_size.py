@@ -23,7 +23,7 @@ from batchnorm.lab.why.experiment import Experiment, Measure, Scale, SeedResult
 from batchnorm.lab.why.theme import Theme, label_ends, panels
 
 SIZES: dict[Scale, tuple[int, ...]] = {"quick": (2, 8, 32, 128), "full": (2, 4, 8, 16, 32, 64, 128, 256)}
-_TRAIN, _EPOCHS = {"quick": 3072, "full": 12000}, {"quick": 2, "full": 3}
+_TRAIN, _EPOCHS = {"quick": 2048, "full": 12000}, {"quick": 2, "full": 3}
 _TEST = 4000
 _GROUPS = 4
 # Proportional to the batch, as in Wu & He's section 4.1.
@@ -117,8 +117,12 @@ def measures(results: Sequence[SeedResult]) -> list[Measure]:
     whole = errors("batch norm", _WORKERS_BATCH)
     return [
         Measure("error that batch norm adds from batch 32 to batch 2", "points", grows, above=0),
-        Measure("how much more that is than group norm adds", "points", less(grows, group_norm_grows), above=0),
-        Measure("error that renorm saves at batch 2", "points", less(batch_norm, errors("renorm", 2)), above=0),
+        Measure(
+            "how much more that is than group norm adds", "points", less(grows, group_norm_grows), above=0
+        ),
+        Measure(
+            "error that renorm saves at batch 2", "points", less(batch_norm, errors("renorm", 2)), above=0
+        ),
         Measure(
             "error that synchronising 64 workers of 2 images saves",
             "points",
@@ -150,7 +154,9 @@ def figure(results: Sequence[SeedResult], theme: Theme) -> Figure:
         "group norm": theme.vermilion,
     }
     sizes = results[0]["sizes"]
-    chart, (alone, together) = panels(theme, "The batch shrinks", "128 images, shared among workers", height=3.8)
+    chart, (alone, together) = panels(
+        theme, "The batch shrinks", "128 images, shared among workers", height=3.8
+    )
 
     def mean(name: str) -> list[float]:
         return [fmean(values) for values in zip(*(result["errors"][name] for result in results), strict=True)]
