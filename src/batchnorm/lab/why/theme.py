@@ -1,4 +1,4 @@
-"""How the figures look: a light and a dark theme, for a wide page and for a phone, in colours that all can tell apart."""
+"""How the figures look: light and dark, wide and narrow, in colours that all readers can tell apart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# In inches. The page shows a wide figure 840 and a narrow one 330 pixels across: the text is as large in both.
+# Inches. The page shows a wide figure 840 and a narrow one 330 pixels across: text is as large in both.
 _WIDE, _NARROW = 8.4, 4.2
 _LINE = 11.0  # points between labels that would lie on each other
 
@@ -20,9 +20,9 @@ _LINE = 11.0  # points between labels that would lie on each other
 class Theme:
     """Colours of a figure, and whether it is for a narrow page.
 
-    The hues are those of Okabe & Ito (Color Universal Design, 2008), darkened or lightened until text in them is
-    readable, at least 4.5:1 against the background. By convention `blue` is with batch norm and
-    `vermilion` without.
+    The hues are near those of Okabe & Ito (Color Universal Design, 2008), darkened or lightened until text
+    in them is readable, at least 4.5:1 against the background. By convention `blue` is with batch norm
+    and `vermilion` without.
     """
 
     name: str
