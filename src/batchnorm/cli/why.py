@@ -30,12 +30,12 @@ def why(
         list[str] | None,
         typer.Argument(
             metavar="[NAME ...]",
-            help=f"{', '.join(f'{number} {name}' for number, name in registry.NAMES.items())}.  [default: all]",
+            help=f"Names or numbers, of {registry.listed()}.  [default: all]",
         ),
     ] = None,
     full: Annotated[
         bool,
-        typer.Option("--full/--quick", help="As large as in the papers, as far as a CPU goes; or minutes."),
+        typer.Option("--full/--quick", help="Much as in the papers, or in minutes."),
     ] = False,
     seeds: Annotated[int, typer.Option(help="Runs of each experiment, from which its intervals are.")] = 5,
     data_dir: DataDir = None,

@@ -173,7 +173,8 @@ def _source_of(module: ModuleType | None) -> str:
 
 
 def _code(tree: ast.Module) -> str:
-    return ast.unparse(tree.body[1:] if ast.get_docstring(tree) is not None else tree.body)
+    body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
+    return "\n".join(map(ast.unparse, body))
 
 
 def _finite(value: float) -> float | None:

@@ -249,15 +249,15 @@ EXPERIMENT = Experiment(
     number=5,
     name="moving_average",
     title="A moving average forgets; the plain mean cannot",
-    in_short="While a network learns, the numbers inside it move. A mean over all of training is mostly about "
-    "networks that no longer exist; a moving average is about the last few, and the best is to measure again.",
-    claim="While weights move, a moving average with the usual decay of 0.9 is nearer to the true mean than the "
-    "plain mean over all of training and gives a higher accuracy; statistics measured anew with the weights "
-    "of the moment give a still higher one, and 1,000 samples are enough to be within half a point.",
+    in_short="While a network learns, the numbers inside it move. A mean over all of training is mostly "
+    "about networks that no longer exist, a moving average about the last few. Best is to measure again.",
+    claim="While weights move, a moving average with the usual decay of 0.9 is nearer to the true mean than "
+    "the plain mean over all of training and gives a higher accuracy; statistics measured anew with the "
+    "weights of the moment give a still higher one, and 1,000 samples bring it within half a point.",
     source='The tutorial\'s question; Wu & Johnson 2021, Rethinking "Batch" in BatchNorm, section 3 '
     "(arXiv 2105.07576)",
-    refuted_by="The plain mean is as near or as accurate as the moving average, or measuring anew is not more "
-    "accurate than the moving average, or 1,000 samples lose more than half a point.",
+    refuted_by="The plain mean is as near or as accurate as the moving average, or measuring anew is not "
+    "more accurate than the moving average, or 1,000 samples lose more than half a point.",
     run=run,
     steps=lambda scale: SETTINGS[scale].steps,
     measures=measures,

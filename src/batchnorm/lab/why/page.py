@@ -17,6 +17,7 @@ from batchnorm.lab.why.statistics import Interval
 from batchnorm.lab.why.theme import DARK, LIGHT, to_svg
 
 WIDTHS = ("wide", "narrow")
+MINUS = "\N{MINUS SIGN}"
 
 
 def page(outcomes: Sequence[Outcome]) -> bytes:
@@ -33,12 +34,12 @@ def page(outcomes: Sequence[Outcome]) -> bytes:
 def number(value: float) -> str:
     """Three digits or so, with a true minus, as a reader wants it."""
     if not math.isfinite(value):
-        return "not finite" if math.isnan(value) else "−∞" if value < 0 else "∞"
+        return "not finite" if math.isnan(value) else f"{MINUS}∞" if value < 0 else "∞"
     if value == 0:
         return "0"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
     text = f"{value:,.{digits}f}" if 1e-3 <= abs(value) < 1e6 else f"{value:.2e}"
-    return text.replace("-", "−")
+    return text.replace("-", MINUS)
 
 
 def _section(outcome: Outcome) -> dict[str, Any]:

@@ -17,6 +17,11 @@ NAMES = {
 }
 
 
+def listed() -> str:
+    """All of them, as an error or a help text has it."""
+    return ", ".join(f"{number} {name}" for number, name in NAMES.items())
+
+
 def experiment(name: str) -> Experiment:
     """The experiment of a name in NAMES."""
     found = importlib.import_module(f"batchnorm.lab.why.{name}").EXPERIMENT
@@ -33,7 +38,6 @@ def chosen(asked: Sequence[str]) -> list[Experiment]:
     known = {str(number): name for number, name in NAMES.items()} | {name: name for name in NAMES.values()}
     unknown = [name for name in asked if name not in known]
     if unknown:
-        listed = ", ".join(f"{number} {name}" for number, name in NAMES.items())
-        raise ValueError(f"no experiment {', '.join(map(repr, unknown))}: expected one of {listed}")
+        raise ValueError(f"no experiment {', '.join(map(repr, unknown))}: expected one of {listed()}")
     wanted = {known[name] for name in asked} or set(NAMES.values())
     return [experiment(name) for name in NAMES.values() if name in wanted]
