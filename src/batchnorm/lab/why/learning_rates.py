@@ -194,8 +194,8 @@ EXPERIMENT = Experiment(
     "base rate batch norm gains less accuracy than with each network at its best rate.",
     source="Ioffe & Szegedy 2015, Batch Normalization, section 4.2.2, figure 3 (arXiv 1502.03167); Bjorck et "
     "al. 2018, Understanding Batch Normalization, section 3 (arXiv 1806.02375)",
-    refuted_by="The largest rate is at most 5 times that without, or it takes as many steps to 75 %, or batch "
-    "norm gains as much at the base rate as at the best rates.",
+    refuted_by="The largest rate is at most 5 times that without, or it takes as many steps to 75 %, or "
+    "batch norm gains as much at the base rate as at the best rates.",
     run=run,
     steps=lambda scale: len(NETS) * len(MULTIPLES) * SETTINGS[scale].steps,
     measures=measures,

@@ -204,7 +204,7 @@ def measures(results: Sequence[SeedResult]) -> list[Measure]:
 def figure(results: Sequence[SeedResult], theme: Theme) -> Figure:
     """Error and accuracy of each estimate against steps, and accuracy against recalibration's samples."""
     drawn, (errors, accuracies, samples) = panels(
-        theme, "how wrong the mean is", "accuracy it gives", "samples that recalibrating needs", height=3.4
+        theme, "how wrong the mean is", "accuracy it gives", "samples to recalibrate", height=3.4
     )
     colors = {
         USUAL: theme.blue,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 # Inches. The page shows a wide figure 840 and a narrow one 330 pixels across: text is as large in both.
 _WIDE, _NARROW = 8.4, 4.2
@@ -126,6 +127,7 @@ def to_svg(figure: Figure, name: str) -> str:
         figure: whose text stays text, in whichever sans serif the reader has.
         name: of the figure, unique in the page: elements that refer to each other get their ids from it.
     """
+    _write_numbers_plainly(figure)
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata={"Date": None})
@@ -139,6 +141,24 @@ def to_svg(figure: Figure, name: str) -> str:
 
 def to_png(figure: Figure) -> bytes:
     """A figure as PNG bytes."""
+    _write_numbers_plainly(figure)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130)
     return file.getvalue()
+
+
+def _write_numbers_plainly(figure: Figure) -> None:
+    """1,000 and 0.01 where a logarithmic axis would have powers of ten."""
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() in ("log", "symlog"):
+                low, high = sorted(axis.get_view_interval())
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+                if high < 30 * low:  # hardly more than a power of ten: it needs the numbers between
+                    axis.set_minor_formatter(FuncFormatter(_small_digit))
+                else:
+                    axis.set_minor_formatter(NullFormatter())
+
+
+def _small_digit(value: float, _: int | None) -> str:
+    return f"{value:,.10g}" if f"{value:e}"[0] in "25" else ""
