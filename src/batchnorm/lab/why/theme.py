@@ -1,4 +1,4 @@
-"""How the figures look: a light and a dark theme, for a wide page and for a phone, in colours that all can tell apart."""
+"""How the figures look: light and dark, wide and narrow, in colours that all readers can tell apart."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
-# In inches. The page shows a wide figure 840 and a narrow one 330 pixels across: the text is as large in both.
+# Inches. The page shows a wide figure 840 and a narrow one 330 pixels across: text is as large in both.
 _WIDE, _NARROW = 8.4, 4.2
 _LINE = 11.0  # points between labels that would lie on each other
 
@@ -20,9 +21,9 @@ _LINE = 11.0  # points between labels that would lie on each other
 class Theme:
     """Colours of a figure, and whether it is for a narrow page.
 
-    The hues are those of Okabe & Ito (Color Universal Design, 2008), darkened or lightened until text in them is
-    readable, at least 4.5:1 against the background. By convention `blue` is with batch norm and
-    `vermilion` without.
+    The hues are near those of Okabe & Ito (Color Universal Design, 2008), darkened or lightened until text
+    in them is readable, at least 4.5:1 against the background. By convention `blue` is with batch norm
+    and `vermilion` without.
     """
 
     name: str
@@ -126,6 +127,7 @@ def to_svg(figure: Figure, name: str) -> str:
         figure: whose text stays text, in whichever sans serif the reader has.
         name: of the figure, unique in the page: elements that refer to each other get their ids from it.
     """
+    _write_numbers_plainly(figure)
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata={"Date": None})
@@ -139,6 +141,24 @@ def to_svg(figure: Figure, name: str) -> str:
 
 def to_png(figure: Figure) -> bytes:
     """A figure as PNG bytes."""
+    _write_numbers_plainly(figure)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130)
     return file.getvalue()
+
+
+def _write_numbers_plainly(figure: Figure) -> None:
+    """1,000 and 0.01 where a logarithmic axis would have powers of ten."""
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() in ("log", "symlog"):
+                low, high = sorted(axis.get_view_interval())
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+                if high < 30 * low:  # hardly more than a power of ten: it needs the numbers between
+                    axis.set_minor_formatter(FuncFormatter(_small_digit))
+                else:
+                    axis.set_minor_formatter(NullFormatter())
+
+
+def _small_digit(value: float, _: int | None) -> str:
+    return f"{value:,.10g}" if f"{value:e}"[0] in "25" else ""
