@@ -62,3 +62,15 @@ CORRUPTIONS: Mapping[str, Corruption] = {
     "brightness": brightness,
     "pixelate": pixelate,
 }
+
+
+def corrupted(images: Tensor, name: str, severity: int, seed: int) -> Tensor:
+    """Images, shifted and scaled in whatever way, with one of CORRUPTIONS, and again so shifted and scaled.
+
+    Their smallest value is black, and their largest white.
+    """
+    black, white = images.min(), images.max()
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        CORRUPTIONS[name]((images - black) / (white - black), severity, generator) * (white - black) + black
+    )

@@ -1,15 +1,17 @@
-"""Training only gamma and beta: how much can scales and shifts do in a network of random weights?
+"""Experiment 8: Training only gamma and beta: how much can scales and shifts do in a network of random weights?
 
-Claim: a residual network whose weights stay random learns more by training only its gammas and betas than by training
-two random weights per channel instead, and a deeper one learns more than a shallow one.
-Source: Frankle, Schwab & Morcos 2020, Training BatchNorm and Only BatchNorm, figure 2 and section 4 (CIFAR-10: 48 % for
+Claim: a residual network whose weights stay random reaches a higher accuracy by training only its gammas and
+betas than by training two random weights per channel, and a deeper one a higher accuracy than a shallow one.
+Source: Frankle, Schwab & Morcos 2020, Training BatchNorm and Only BatchNorm, section 4 (CIFAR-10: 48 % for
 ResNet-14, 69.5 % for ResNet-110, 82 % for ResNet-866; two random weights per channel do worse).
-Refuted by: one of the two differences in accuracy not above 0.
+Would refute it: one of the two differences in accuracy not above 0.
+Set-up: ResNets on Fashion-MNIST halved to 14x14, SGD at 0.1 in batches of 64; gammas from U(0, 1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import fmean
 
 import torch
@@ -19,15 +21,14 @@ from torch.nn import functional as F
 
 import batchnorm as bn
 from batchnorm.lab.data import Dataset
-from batchnorm.lab.why.classifiers import fit, images, test_error
+from batchnorm.lab.why.classifiers import Setting, fit, less, test_error
 from batchnorm.lab.why.experiment import Experiment, Measure, Scale, SeedResult
 from batchnorm.lab.why.theme import Theme, label_ends, panels
 
 # Layers as ResNets are counted: two per block in three groups of blocks, and two more.
-DEPTHS: dict[Scale, tuple[int, ...]] = {"quick": (8, 14), "full": (8, 14, 26, 50)}
-_WIDTH = {"quick": 8, "full": 16}
-_TRAIN, _EPOCHS = {"quick": 4096, "full": 12000}, {"quick": 4, "full": 6}
-_TEST = 2000
+DEPTHS: dict[Scale, tuple[int, ...]] = {"quick": (8, 14), "full": (8, 14, 26)}
+_WIDTH = 8
+SETTINGS: dict[Scale, Setting] = {"quick": Setting(4096, 3, 2000), "full": Setting(12_000, 4, 10_000)}
 _BATCH, _LR = 64, 0.1
 # Below this a gamma switches its channel off (Frankle et al., section 5).
 _OFF = 0.01
@@ -43,7 +44,7 @@ class ResNet(nn.Module):
         super().__init__()
         widths = [width] + [width * 2**group for group in range(3) for _ in range(blocks)]
         self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), bn.BatchNorm2d(width))
-        pairs = zip(widths, widths[1:], strict=False)
+        pairs = pairwise(widths)
         self.blocks = nn.Sequential(*(Block(inputs, outputs) for inputs, outputs in pairs))
         self.head = nn.Linear(widths[-1], 10)
         for layer in self.modules():
@@ -59,7 +60,7 @@ class ResNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions and a shortcut; where the width doubles, the image halves and the shortcut is padded with 0."""
+    """Two convolutions and a shortcut; where the width doubles, the image halves and 0 pads the shortcut."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -96,8 +97,8 @@ def two_weights_per_channel(model: nn.Module, generator: torch.Generator) -> lis
 
 
 def run(seed: int, scale: Scale, on_steps: Callable[[int], None]) -> SeedResult:
-    """Test accuracies in percent by depth, per set of trained parameters; equal depths start from equal weights."""
-    data = images(_TRAIN[scale], _TEST)
+    """Test accuracies in percent by depth, per set of trained parameters; equal depths start equal."""
+    data = SETTINGS[scale].data()
     accuracy: dict[str, list[float]] = {"gamma and beta": [], "two weights": [], "everything": []}
     count, off = [], 0.0
     for depth in DEPTHS[scale]:
@@ -116,12 +117,12 @@ def run(seed: int, scale: Scale, on_steps: Callable[[int], None]) -> SeedResult:
 
         model = _network(depth, seed, scale)
         accuracy["everything"].append(_fitted(model, list(model.parameters()), data, seed, scale, on_steps))
-    return {"parameters": count, "accuracy": accuracy, "gammas off": off, "data": data.name}
+    return {"parameters": count, "accuracy": accuracy, "gammas off": off}
 
 
 def _network(depth: int, seed: int, scale: Scale) -> ResNet:
     torch.manual_seed(seed)
-    return ResNet((depth - 2) // 6, _WIDTH[scale])
+    return ResNet((depth - 2) // 6, _WIDTH)
 
 
 def _fitted(
@@ -136,11 +137,11 @@ def _fitted(
     fit(
         model,
         data,
-        epochs=_EPOCHS[scale],
+        epochs=SETTINGS[scale].epochs,
         batch_size=_BATCH,
         lr=_LR,
         seed=seed,
-        on_epoch=lambda: on_steps(1),
+        on_steps=on_steps,
         parameters=trained,
     )
     return 100 - test_error(model, data)
@@ -148,7 +149,7 @@ def _fitted(
 
 def steps(scale: Scale) -> int:
     """One per epoch."""
-    return 3 * len(DEPTHS[scale]) * _EPOCHS[scale]
+    return 3 * len(DEPTHS[scale]) * SETTINGS[scale].epochs
 
 
 def measures(results: Sequence[SeedResult]) -> list[Measure]:
@@ -156,9 +157,6 @@ def measures(results: Sequence[SeedResult]) -> list[Measure]:
 
     def accuracy(name: str, depth: int = -1) -> list[float]:
         return [result["accuracy"][name][depth] for result in results]
-
-    def less(a: Sequence[float], b: Sequence[float]) -> list[float]:
-        return [x - y for x, y in zip(a, b, strict=True)]
 
     trained = accuracy("gamma and beta")
     return [
@@ -217,16 +215,17 @@ EXPERIMENT = Experiment(
         "learns to tell clothes apart, by choosing among random features."
     ),
     claim=(
-        "A residual network whose weights stay random reaches a higher accuracy by training only its gammas and betas "
-        "than by training two random weights per channel, and a deeper one a higher accuracy than a shallow one."
+        "A residual network whose weights stay random reaches a higher accuracy by training only its gammas "
+        "and betas than by training two random weights per channel, and a deeper one a higher accuracy than a "
+        "shallow one."
     ),
     source=(
-        "Frankle, Schwab & Morcos 2020, Training BatchNorm and Only BatchNorm, section 4, figure 2 (ResNet-14: 48 %, "
-        "ResNet-110: 69.5 %, CIFAR-10)"
+        "Frankle, Schwab & Morcos 2020, Training BatchNorm and Only BatchNorm, section 4 (arXiv 2003.00152)"
     ),
-    refuted_by="one of the two differences in accuracy not above 0",
+    refuted_by="One of the two differences in accuracy not above 0.",
     run=run,
     steps=steps,
     measures=measures,
     figure=figure,
+    data="fashion-mnist",
 )
