@@ -32,32 +32,33 @@ def adapt(
 ) -> nn.Module:
     """Fit the batch norms of a trained model to the data that it is used on, without labels.
 
-    For test data that look unlike the training data (another camera, noise, contrast): each layer's running
-    statistics become, for the n samples in `loader`,
+    For data that look unlike those of training (another camera, noise, contrast): with the n samples of
+    `loader`, each layer's running statistics become
 
         running_mean = prior / (prior + n) * running_mean + n / (prior + n) * target_mean
 
     and likewise `running_var` (Schneider et al. 2020, Improving robustness against common corruptions by
-    covariate shift adaptation, section 3). The layers are done in order of execution, each on inputs that went
-    through its adapted predecessors as they do in eval mode, in one pass over the loader per layer.
+    covariate shift adaptation, section 3). The layers are done in order of execution, each on inputs that
+    went through its adapted predecessors as they do in eval mode: one pass over the loader per layer.
 
-    With `entropy_epochs`, before that, weight and bias of the layers, normalising by the batch, are trained by
-    Adam to make the model surer of itself: to lower the mean entropy `-sum(p * log(p))` of its softmax `p` over
-    each batch (Wang et al. 2021, Tent: Fully Test-Time Adaptation by Entropy Minimization, section 3).
+    With `entropy_epochs`, before that, weight and bias of the layers, which normalise by the batch, are
+    trained by Adam to make the model surer of itself, that is to lower the mean of the entropy
+    `-sum(p * log(p))` of its softmax `p` (Wang et al. 2021, Tent: Fully Test-Time Adaptation by Entropy
+    Minimization, section 3).
 
-    It assumes that the classes are about as frequent in the loader as they were in training.
+    All this assumes that the classes are about as frequent in the loader as they were in training.
 
     Args:
-        model: a classifier if `entropy_epochs`; `running_mean`, `running_var`, `num_batches_tracked` (the number
-            of batches in the new statistics) and with `entropy_epochs` `weight` and `bias` are written in place.
-            Frozen layers (`bn.freeze`) are left alone, and weights and biases that do not require a gradient.
-            DistributedDataParallel and DataParallel are called without their wrapper, compiled models uncompiled.
-        loader: as for `bn.recalibrate`; gives the same data each time it is iterated.
-        prior: how many samples the present statistics count for: 0 forgets them; 16 or more for a few samples.
-        entropy_epochs: passes over the loader, in shuffled batches of some hundred samples; often 1.
+        model: written in place are `running_mean`, `running_var`, `num_batches_tracked` (the number of
+            batches in the new statistics) and with `entropy_epochs` `weight` and `bias`, where they require a
+            gradient. Frozen layers (`bn.freeze`) are left alone. DistributedDataParallel and DataParallel are
+            called without their wrapper, compiled models uncompiled.
+        loader: as for `bn.recalibrate`; it must give the same data each time it is iterated.
+        prior: how many samples the present statistics count for. 0 forgets them.
+        entropy_epochs: passes over the loader, in batches of some hundred samples in random order.
         lr: Adam's learning rate.
-        forward: called as `forward(model, batch)` for anything that `bn.recalibrate` would not call; with
-            `entropy_epochs` it returns the logits (N, classes, ...), as the model does otherwise.
+        forward: called as `forward(model, batch)`, for anything that `bn.recalibrate` could not call; with
+            `entropy_epochs` it returns logits (N, classes, ...), as the model does otherwise.
         max_batches: no more than so many in each pass. None is all of them.
         progress: draw a bar with tqdm.
 
@@ -65,8 +66,8 @@ def adapt(
         model
 
     Raises:
-        TypeError: `model` is no nn.Module, `loader` does not yield batches or what the model takes or can be
-            iterated only once, or the output is no tensor of logits.
+        TypeError: `model` is no nn.Module, `loader` can be iterated only once or does not yield batches or
+            what the model takes, or the output is no tensor of logits.
         ValueError: an option out of its range, no batch norm to adapt, nothing to train, an empty loader, or
             statistics or an entropy that are not finite.
         ModuleNotFoundError: `progress=True` without tqdm.
@@ -86,8 +87,8 @@ def adapt(
     trained = [p for layer in names for p in layer.parameters() if p.requires_grad] if entropy_epochs else []
     if entropy_epochs and not trained:
         raise ValueError(
-            "adapt: entropy_epochs trains weights and biases of batch norms, but none requires a gradient: call "
-            "requires_grad_(True) on them first"
+            "adapt: entropy_epochs trains weights and biases of batch norms, but none requires a gradient: "
+            "call requires_grad_(True) on them first"
         )
     with _restored_on_failure(trained):
         if entropy_epochs:
@@ -180,7 +181,7 @@ def _entropy(logits: Any, where: str) -> Tensor:
         )
     if not loss.requires_grad:
         raise ValueError(
-            f"adapt: the output on {where} does not depend on the weights of the batch norms: does the model or "
-            "forward run without gradients?"
+            f"adapt: the output on {where} does not depend on the weights of the batch norms: does the model "
+            "or forward run without gradients?"
         )
     return loss

@@ -16,7 +16,7 @@ _NEVER = math.inf
 
 
 class Seen(NamedTuple):
-    """What a layer was given in a pass: how often, how many samples, what, and as which layer in execution."""
+    """What a layer was given in a pass: how often, how many samples, what, and as which layer to run."""
 
     times: int
     samples: int

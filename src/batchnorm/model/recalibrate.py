@@ -92,7 +92,7 @@ def recalibrate(
 
 
 def layers_to_estimate(model: nn.Module, verb: str) -> dict[_BatchNorm, str]:
-    """The batch norms with running statistics that are not frozen, and their names; ValueError without one."""
+    """The batch norms with running statistics that are not frozen, and their names; ValueError if none."""
     layers = batch_norms(model, verb)
     check_initialized(model, verb)
     tracked = {layer: name for name, layer in layers.items() if has_statistics(layer)}

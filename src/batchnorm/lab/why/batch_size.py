@@ -1,4 +1,4 @@
-"""Experiment 6: Batch size: what small batches cost batch norm, and what helps.
+"""Experiment 6: what small batches cost batch norm, and what helps.
 
 Claim: from 32 images down to 2 the test error of batch norm grows, by more than group norm's; at 2 renorm
 has a smaller error than batch norm, and workers of 2 images have a smaller one with synchronised statistics.

@@ -1,4 +1,4 @@
-"""Experiment 7: Dropout before batch norm: the variance that a layer learns in training is not the one it meets afterwards.
+"""Experiment 7: behind dropout, a layer meets another variance in use than in training.
 
 Claim: dropout before batch norm makes the variances in eval mode differ from the running ones more than
 they do without it, costs accuracy against dropout behind the last batch norm, and recalibration brings some

@@ -1,4 +1,4 @@
-"""Experiment 8: Training only gamma and beta: how much can scales and shifts do in a network of random weights?
+"""Experiment 8: what scales and shifts alone can learn, in a network of random weights.
 
 Claim: a residual network whose weights stay random reaches a higher accuracy by training only its gammas and
 betas than by training two random weights per channel, and a deeper one a higher accuracy than a shallow one.
