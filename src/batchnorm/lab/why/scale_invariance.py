@@ -277,7 +277,8 @@ EXPERIMENT = Experiment(
     "nothing, except how strongly the next step turns them. Weight decay works through that alone.",
     claim="The gradient of a layer before batch norm is orthogonal to its weight and ten times smaller for a "
     "weight ten times as long; weights ten times as long at a hundred times the rate train the same "
-    "network; and weight decay can be replaced by the rates that it leads to, with weights held at their length.",
+    "network; and weight decay can be replaced by the rates that it leads to, with weights held at their "
+    "length.",
     source="Ioffe & Szegedy 2015, Batch Normalization, section 3.3 (arXiv 1502.03167); van Laarhoven 2017, L2 "
     "Regularization versus Batch and Weight Normalization (arXiv 1706.05350); Hoffer et al. 2018, Norm "
     "matters (arXiv 1803.01814)",
