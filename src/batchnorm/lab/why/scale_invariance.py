@@ -279,8 +279,8 @@ EXPERIMENT = Experiment(
     "weight ten times as long; weights ten times as long at a hundred times the rate train the same "
     "network; and weight decay can be replaced by the rates that it leads to, with weights held at their "
     "length.",
-    source="Ioffe & Szegedy 2015, Batch Normalization, section 3.3 (arXiv 1502.03167); van Laarhoven 2017, L2 "
-    "Regularization versus Batch and Weight Normalization (arXiv 1706.05350); Hoffer et al. 2018, Norm "
+    source="Ioffe & Szegedy 2015, Batch Normalization, section 3.3 (arXiv 1502.03167); van Laarhoven 2017, "
+    "L2 Regularization versus Batch and Weight Normalization (arXiv 1706.05350); Hoffer et al. 2018, Norm "
     "matters (arXiv 1803.01814)",
     refuted_by="An angle that is not 90 degrees, a gradient that shrinks less, or networks that differ after "
     "training on more than 1 % of the test images where the claim says that they are the same.",
