@@ -1,4 +1,4 @@
-"""Each experiment runs, at a tiny size on digits: deterministic, with the steps it announces, measures and figures."""
+"""Each experiment runs, tiny and on digits: deterministic, with the steps it says, measures and figures."""
 
 import importlib
 import json

@@ -32,6 +32,7 @@ from batchnorm.lab.why.images import load_images
 from batchnorm.lab.why.theme import Theme, label_ends, panels
 from batchnorm.lab.why.training import minibatches, perceptron
 from batchnorm.layers import BatchNorm1d
+from batchnorm.model import hold
 
 Norm = Callable[[int], nn.Module] | None
 NETS: dict[str, Norm] = {"without": None, "with": partial(BatchNorm1d, eps=1e-12)}
@@ -125,8 +126,8 @@ class _Training:
                     weight.sub_(RATE * gradient)
                 self._turn(step, gradients)
             on_steps(1)
-        self.model.eval()
-        with torch.no_grad():
+        # By the test images' own statistics: the running ones remember for a while that they began at 0 and 1.
+        with torch.no_grad(), hold(self.model):
             predictions = self.model(data.test_images[: setting.test_images].double()).argmax(1)
         return Trained(predictions, self.effective_rates)
 
