@@ -126,7 +126,7 @@ class _Training:
                     weight.sub_(RATE * gradient)
                 self._turn(step, gradients)
             on_steps(1)
-        # By the test images' own statistics: the running ones remember for a while that they began at 0 and 1.
+        # By the test images' own statistics: running ones remember for a while that they began at 0 and 1.
         with torch.no_grad(), hold(self.model):
             predictions = self.model(data.test_images[: setting.test_images].double()).argmax(1)
         return Trained(predictions, self.effective_rates)
