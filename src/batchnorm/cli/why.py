@@ -88,7 +88,7 @@ def _table(outcomes: list[Outcome]) -> Table:
             if measure.above is not None:
                 values = f"{number(interval.mean)} ({number(interval.low)} to {number(interval.high)})"
                 table.add_row(
-                    named, verdict, measure.name, f"{values} {measure.unit}", f"> {number(measure.above)}"
+                    named, verdict, measure.name, f"{values} {measure.unit}", f"> {measure.above:g}"
                 )
                 named, verdict = "", ""
     return table

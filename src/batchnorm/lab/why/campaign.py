@@ -97,9 +97,15 @@ def run(
         folder: gets a file per seed in `parts`, written whole as soon as the seed is done.
         on_steps: told how many of the experiments' steps were done or need not be.
     """
-    (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    parts = folder / PARTS
+    parts.mkdir(parents=True, exist_ok=True)
+    # All of them now: files may be edited while the first ones run.
+    sources = [_source_of(inspect.getmodule(experiment.run)) for experiment in experiments]
     with _one_thread():
-        return [_run(experiment, seeds, scale, folder / PARTS, on_steps) for experiment in experiments]
+        return [
+            _run(experiment, source, seeds, scale, parts, on_steps)
+            for experiment, source in zip(experiments, sources, strict=True)
+        ]
 
 
 def results_json(outcomes: Sequence[Outcome]) -> bytes:
@@ -114,10 +120,14 @@ def results_json(outcomes: Sequence[Outcome]) -> bytes:
 
 
 def _run(
-    experiment: Experiment, seeds: int, scale: Scale, parts: Path, on_steps: Callable[[int], None]
+    experiment: Experiment,
+    source: str,
+    seeds: int,
+    scale: Scale,
+    parts: Path,
+    on_steps: Callable[[int], None],
 ) -> Outcome:
     data = None if experiment.data is None else load_images(experiment.data).name
-    source = _source_of(inspect.getmodule(experiment.run))
     finished = []
     for seed in range(seeds):
         path = parts / f"{experiment.name}-{scale}-{seed}.json"

@@ -240,15 +240,15 @@ EXPERIMENT = Experiment(
     number=3,
     name="covariate_shift",
     title="It is not covariate shift: the loss is smoother",
-    in_short="Batch norm was invented to keep each layer's inputs from shifting. But put the shift back in with "
-    "noise, and it still helps. What it does change is how abruptly the loss goes up and down.",
+    in_short="Batch norm was invented to keep each layer's inputs from shifting. But put the shift back in "
+    "with noise, and it still helps. What it does change is how abruptly the loss goes up and down.",
     claim="A network whose batch norms are followed by shifting noise has more covariate shift than one "
-    "without batch norm, and is still more accurate; with batch norm the loss and its gradient vary less along the "
-    "gradient.",
-    source="Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, sections 2 and 3, figures "
-    "2 and 4 (arXiv 1805.11604)",
-    refuted_by="The noisy network is no more accurate than the one without batch norm, or does not shift more; "
-    "or the loss varies as much with batch norm, or its gradient does, or beta is as large.",
+    "without batch norm, and is still more accurate; with batch norm the loss and its gradient vary less "
+    "along the gradient.",
+    source="Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, sections 2 and 3, "
+    "figures 2 and 4 (arXiv 1805.11604)",
+    refuted_by="The noisy network is no more accurate than the one without batch norm, or does not shift "
+    "more; or the loss varies as much with batch norm, or its gradient does, or beta is as large.",
     run=run,
     steps=lambda scale: len(NETS) * SETTINGS[scale].steps,
     measures=measures,

@@ -32,8 +32,8 @@ from batchnorm.layers import BatchNorm1d
 NETS = {"without": None, "with": BatchNorm1d}
 SIZES = (784, 100, 100, 100, 100, 100, 10)
 BASE = 0.1
-# Of the base rate: the paper's 1, 5 and 30, and on to where nothing trains.
-MULTIPLES = (0.1, 1, 2, 5, 10, 30, 100, 300)
+# Of the base rate: the paper's 1, 5 and 30, and finer steps around the largest that train.
+MULTIPLES = (0.1, 1, 2.5, 5, 7.5, 10, 30, 45, 65, 100)
 FIVE_TIMES = 5
 TRAINS, FIXED = 0.5, 0.75
 

@@ -111,7 +111,7 @@ def run(seed: int, scale: Scale, on_steps: Callable[[int], None]) -> SeedResult:
                 _set_statistics(layers, estimate.value())
                 accuracies[name].append(accuracy(model, *test))
         on_steps(1)
-    samples = [count for count in SAMPLES if count <= setting.population]
+    samples = [count for count in SAMPLES if count <= len(population)]
     by_samples = []
     for count in samples:
         _recalibrated(model, layers, population[:count])

@@ -37,6 +37,7 @@ def number(value: float) -> str:
         return "not finite" if math.isnan(value) else f"{MINUS}∞" if value < 0 else "∞"
     if value == 0:
         return "0"
+    value = float(f"{value:.3g}") if abs(value) < 100 else value
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
     text = f"{value:,.{digits}f}" if 1e-3 <= abs(value) < 1e6 else f"{value:.2e}"
     return text.replace("-", MINUS)

@@ -3,8 +3,8 @@
 Claim: with batch norm the network learns sooner and reaches a higher accuracy, and what its sigmoids are
 given moves less during training.
 Source: Ioffe & Szegedy 2015, Batch Normalization, section 4.1 and figure 1.
-Would refute it: without batch norm the accuracy is as high on average over training, or at its end, or the
-percentiles of the last hidden layer's inputs move as little.
+Would refute it: without batch norm the accuracy is as high on average over training, or at the end of at
+least 20,000 steps (the paper's 50,000), or the percentiles of the last hidden layer's inputs move as little.
 Set-up: MNIST, three layers of 100 sigmoids, weights of a normal distribution, batches of 60. The paper names
 neither the learning rate nor the deviation of the weights. Here each network has the rate that was its best
 of (0.1, 0.3, 1, 3) after 2,000 steps, so that neither is held back by the other's: 1 without and 3 with; and
@@ -30,6 +30,8 @@ from batchnorm.layers import BatchNorm1d
 from batchnorm.model import hold
 
 NETS = {"without": None, "with": BatchNorm1d}
+# From how many steps on the last accuracy decides: before, it is that of a network still in training.
+LONG = 20_000
 RATES = {"without": 1.0, "with": 3.0}
 PERCENTILES = (0.15, 0.5, 0.85)
 # Of the histograms: what lies outside is counted at the ends.
@@ -46,7 +48,7 @@ class Setting:
     probe_images: int
 
 
-SETTINGS = {"quick": Setting(1200, 24, 2000, 500), "full": Setting(20_000, 40, 10_000, 1000)}
+SETTINGS = {"quick": Setting(1200, 24, 2000, 500), "full": Setting(LONG, 40, 10_000, 1000)}
 
 
 def run(seed: int, scale: Scale, on_steps: Callable[[int], None]) -> SeedResult:
@@ -127,7 +129,7 @@ def _drifts(percentiles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def measures(results: Sequence[SeedResult]) -> list[Measure]:
-    """Accuracy, over training and at its end, and drift decide; steps to 80 % are told beside."""
+    """Accuracy over training and drift decide, and accuracy at the end of a long training."""
 
     def mean_accuracy(result: SeedResult, name: str) -> float:
         looks, values = torch.tensor(result["looks"]), torch.tensor(result[name]["accuracy"])
@@ -153,7 +155,7 @@ def measures(results: Sequence[SeedResult]) -> list[Measure]:
             "test accuracy at the end, with minus without",
             "points",
             [100 * (last(result, "with") - last(result, "without")) for result in results],
-            above=0,
+            above=0 if results[0]["looks"][-1] >= LONG else None,
         ),
         *(
             Measure(
@@ -245,10 +247,10 @@ EXPERIMENT = Experiment(
     in_short="A sigmoid that is given large numbers hardly reacts to anything. Batch norm keeps its inputs "
     "in the range where it does react, from the first step to the last.",
     claim="With batch norm a network of three sigmoid layers has a higher test accuracy, on average over "
-    "training and at its end, and the inputs of its last hidden layer move less.",
+    "training and at the end of a long one, and the inputs of its last hidden layer move less.",
     source="Ioffe & Szegedy 2015, Batch Normalization, section 4.1, figure 1 (arXiv 1502.03167)",
-    refuted_by="Without batch norm the accuracy is as high on average or at the end, or the 15th, 50th and "
-    "85th percentiles of the inputs are as near to their last values all along.",
+    refuted_by="Without batch norm the accuracy is as high on average, or after 20,000 steps, or the 15th, "
+    "50th and 85th percentiles of the inputs are as near to their last values all along.",
     run=run,
     steps=lambda scale: 2 * SETTINGS[scale].steps,
     measures=measures,

@@ -135,7 +135,7 @@ def to_svg(figure: Figure, name: str) -> str:
     svg = svg[svg.index("<svg") :]
     referred = set(re.findall(r"#([\w-]+)", svg))
     return re.sub(
-        r' id="([\w-]+)"', lambda found: found.group() if found.group(1) in referred else "", svg
+        r' id="([^"]+)"', lambda found: found.group() if found.group(1) in referred else "", svg
     ).strip()
 
 
