@@ -163,13 +163,13 @@ EXPERIMENT = Experiment(
         "Measuring them again on the new images, without any label, repairs much of the damage."
     ),
     claim=(
-        "On corrupted images batch norm has a smaller error with the statistics of those images than with those "
-        "of training; a smaller one still once gamma and beta are trained to lower the entropy of the output; "
-        "and, with 8 images to go by, a smaller one where their statistics are mixed with those of training."
+        "On corrupted images batch norm has a smaller error with the statistics of those images than with "
+        "those of training; a smaller one still once gamma and beta are trained to lower the entropy of the "
+        "output; and, with 8 images to go by, a smaller one where their statistics are mixed with training's."
     ),
     source=(
-        "Schneider et al. 2020, Improving robustness against common corruptions by covariate shift adaptation, "
-        "sections 3 and 4 (arXiv 2006.16971); Wang et al. 2021, Tent, table 2 (arXiv 2006.10726)"
+        "Schneider et al. 2020, Improving robustness against common corruptions by covariate shift "
+        "adaptation, sections 3 and 4 (arXiv 2006.16971); Wang et al. 2021, Tent, table 2 (arXiv 2006.10726)"
     ),
     refuted_by="One of these three differences in error, the mean over the corruptions, not above 0.",
     run=run,

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import fmean
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -51,7 +52,7 @@ def predicted_ratio(convolution: nn.Conv2d, x: Tensor, rate: float) -> float:
     of the output grows by `E[sum(w² x²)] rate / (1 - rate)` (law of total variance; of a single weight that
     is Li et al.'s section 3.1): the ratio is `1 + growth / variance`.
     """
-    options = {"stride": convolution.stride, "padding": convolution.padding}
+    options: dict[str, Any] = {"stride": convolution.stride, "padding": convolution.padding}
     variance = F.conv2d(x, convolution.weight, **options).var((0, 2, 3), correction=0)
     noise = F.conv2d(x.square(), convolution.weight.square(), **options).mean((0, 2, 3)) * rate / (1 - rate)
     return float((1 + noise / variance).mean())

@@ -82,17 +82,24 @@ def gammas_and_betas(model: nn.Module) -> list[nn.Parameter]:
     """The weight and bias of each batch norm; all else is set not to require a gradient."""
     model.requires_grad_(False)
     norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-    return [parameter.requires_grad_() for layer in norms for parameter in layer.parameters()]
+    trained = [parameter for layer in norms for parameter in layer.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_()
+    return trained
 
 
 def two_weights_per_channel(model: nn.Module, generator: torch.Generator) -> list[nn.Parameter]:
     """The weights of the convolutions, of which two per output channel, drawn at random, get a gradient."""
     model.requires_grad_(False)
-    weights = [layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-    for weight in weights:
-        chosen = torch.rand(weight.flatten(1).shape, generator=generator).topk(2, 1).indices
-        mask = torch.zeros_like(weight.flatten(1)).scatter_(1, chosen, 1).view_as(weight)
-        weight.requires_grad_().register_hook(lambda gradient, mask=mask: gradient * mask)
+    weights: list[nn.Parameter] = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            weight = layer.weight
+            chosen = torch.rand(weight.flatten(1).shape, generator=generator).topk(2, 1).indices
+            mask = torch.zeros_like(weight.flatten(1)).scatter_(1, chosen, 1).view_as(weight)
+            weight.requires_grad_()
+            weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+            weights.append(weight)
     return weights
 
 
