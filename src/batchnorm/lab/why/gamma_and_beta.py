@@ -94,12 +94,12 @@ def two_weights_per_channel(model: nn.Module, generator: torch.Generator) -> lis
     weights: list[nn.Parameter] = []
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
-            weight = layer.weight
-            chosen = torch.rand(weight.flatten(1).shape, generator=generator).topk(2, 1).indices
-            mask = torch.zeros_like(weight.flatten(1)).scatter_(1, chosen, 1).view_as(weight)
-            weight.requires_grad_()
-            weight.register_hook(lambda gradient, mask=mask: gradient * mask)
-            weights.append(weight)
+            by_output = torch.rand(layer.weight.flatten(1).shape, generator=generator)
+            chosen = by_output.topk(2, 1).indices
+            mask = torch.zeros_like(by_output).scatter_(1, chosen, 1).view_as(layer.weight)
+            layer.weight.requires_grad_()
+            layer.weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+            weights.append(layer.weight)
     return weights
 
 
