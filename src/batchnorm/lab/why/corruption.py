@@ -6,7 +6,7 @@ of only 8 images a smaller one where these are mixed with those of training.
 Source: Schneider et al. 2020, Improving robustness against common corruptions by covariate shift adaptation,
 sections 3 and 4; Wang et al. 2021, Tent, table 2 (CIFAR-10-C: 43.5, 20.4 and 18.6 % error).
 Would refute it: one of those three differences, the mean over all corruptions, not above 0.
-Set-up: three convolutions trained on clean Fashion-MNIST; six corruptions of the test images, quick at
+Set-up: three convolutions trained on clean Fashion-MNIST; five corruptions of the test images, quick at
 severity 5 and full at 1, 3 and 5; `bn.adapt` on those images without labels, entropy in 50 steps of Adam at
 0.001, mixed with prior=16.
 """

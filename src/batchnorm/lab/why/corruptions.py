@@ -47,20 +47,12 @@ def brightness(images: Tensor, severity: int, generator: torch.Generator) -> Ten
     return (images + 0.1 * severity).clamp(0, 1)
 
 
-def pixelate(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """Average over squares and enlarge them again: 1/1.4 to 1/4 of the pixels along a side."""
-    side = images.shape[-1]
-    small = F.adaptive_avg_pool2d(images, round(side / (0.75 + 0.65 * severity)))
-    return F.interpolate(small, size=side, mode="nearest")
-
-
 CORRUPTIONS: Mapping[str, Corruption] = {
     "gaussian noise": gaussian_noise,
     "impulse noise": impulse_noise,
     "blur": blur,
     "contrast": contrast,
     "brightness": brightness,
-    "pixelate": pixelate,
 }
 
 

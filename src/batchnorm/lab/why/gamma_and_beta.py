@@ -91,15 +91,12 @@ def gammas_and_betas(model: nn.Module) -> list[nn.Parameter]:
 def two_weights_per_channel(model: nn.Module, generator: torch.Generator) -> list[nn.Parameter]:
     """The weights of the convolutions, of which two per output channel, drawn at random, get a gradient."""
     model.requires_grad_(False)
-    weights: list[nn.Parameter] = []
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
-            by_output = torch.rand(layer.weight.flatten(1).shape, generator=generator)
-            chosen = by_output.topk(2, 1).indices
-            mask = torch.zeros_like(by_output).scatter_(1, chosen, 1).view_as(layer.weight)
-            layer.weight.requires_grad_()
-            layer.weight.register_hook(lambda gradient, mask=mask: gradient * mask)
-            weights.append(layer.weight)
+    weights = [parameter for parameter in model.parameters() if parameter.ndim == 4]
+    for weight in weights:
+        chosen = torch.rand(weight.flatten(1).shape, generator=generator).topk(2, 1).indices
+        mask = torch.zeros(weight.flatten(1).shape).scatter_(1, chosen, 1).view_as(weight)
+        weight.requires_grad_()
+        weight.register_hook(lambda gradient, mask=mask: gradient * mask)
     return weights
 
 
@@ -226,9 +223,7 @@ EXPERIMENT = Experiment(
         "and betas than by training two random weights per channel, and a deeper one a higher accuracy than a "
         "shallow one."
     ),
-    source=(
-        "Frankle, Schwab & Morcos 2020, Training BatchNorm and Only BatchNorm, section 4 (arXiv 2003.00152)"
-    ),
+    source="Frankle, Schwab & Morcos 2020, Training BatchNorm and Only BatchNorm, section 4 (2003.00152)",
     refuted_by="One of the two differences in accuracy not above 0.",
     run=run,
     steps=steps,
