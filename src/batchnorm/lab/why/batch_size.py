@@ -152,9 +152,7 @@ def figure(results: Sequence[SeedResult], theme: Theme) -> Figure:
         "group norm": theme.vermilion,
     }
     sizes = results[0]["sizes"]
-    chart, (alone, together) = panels(
-        theme, "The batch shrinks", "128 images, shared among workers", height=3.8
-    )
+    chart, (alone, together) = panels(theme, "The batch shrinks", "128 images, shared by workers", height=3.8)
 
     def mean(name: str) -> list[float]:
         return [fmean(values) for values in zip(*(result["errors"][name] for result in results), strict=True)]
@@ -167,10 +165,11 @@ def figure(results: Sequence[SeedResult], theme: Theme) -> Figure:
     workers = mean("workers, each its own")
     whole = mean("batch norm")[sizes.index(_WORKERS_BATCH)]
     together.plot(sizes[: len(workers)], workers, color=theme.blue, marker="o", markersize=3.5)
-    together.axhline(whole, color=theme.green, linewidth=1.4)
-    for axes in (alone, together):
+    shared = sizes[: len(workers)]
+    together.plot(shared, [whole] * len(shared), color=theme.green)
+    for axes, shown in ((alone, sizes), (together, shared)):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_xticks(shown)
         axes.set_ylabel("test error (%)")
     alone.set_xlabel("images in a batch")
     together.set_xlabel("images per worker")

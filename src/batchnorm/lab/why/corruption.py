@@ -130,8 +130,8 @@ def figure(results: Sequence[SeedResult], theme: Theme) -> Figure:
         )
     first = {way: fmean(result["corrupted"][corruptions[0]][way] for result in results) for way in colors}
     for way, text, side, height in (
-        ("source", "training's statistics", "right", -0.45),
-        ("target", "their own", "left", -0.45),
+        ("source", "training's statistics", "center", -0.45),
+        ("target", "their own", "center", -0.45),
         ("entropy", "and lower entropy", "right", 0.4),
     ):
         rows.annotate(text, (first[way], height), color=colors[way], fontsize=8.5, ha=side, va="center")
@@ -144,10 +144,10 @@ def figure(results: Sequence[SeedResult], theme: Theme) -> Figure:
         few.plot(FEW, means, color=color, marker="o", markersize=4)
         labels.append((FEW[-1], means[-1], text, color))
     source = fmean(_mean_error(result, "source") for result in results)
-    few.axhline(source, color=theme.vermilion, linewidth=1.4)
+    few.plot(FEW, [source] * len(FEW), color=theme.vermilion)
     labels.append((FEW[-1], source, "training's", theme.vermilion))
     few.set_xscale("log", base=2)
-    few.set_xticks(FEW, [str(count) for count in FEW])
+    few.set_xticks(FEW)
     few.set(xlabel="images to adapt to", ylabel="mean test error (%)")
     few.set_ylim(0, 100)
     label_ends(few, labels)

@@ -161,7 +161,9 @@ def figure(results: Sequence[SeedResult], theme: Theme) -> Figure:
         "recalibrated": theme.blue,
         "dropout before": theme.vermilion,
     }
-    chart, (shift, accuracy) = panels(theme, "Variance shift of each batch norm", "Test accuracy", height=3.4)
+    chart, (shift, accuracy) = panels(
+        theme, "Variance shift of each batch norm", "Accuracy of seeds (strokes), mean (dot)", height=3.4
+    )
     layers = range(1, len(results[0]["shift"]["no dropout"]) + 1)
     labels = []
     for name, color in colors.items():
@@ -179,7 +181,7 @@ def figure(results: Sequence[SeedResult], theme: Theme) -> Figure:
         accuracy.plot(fmean(values), row, "o", color=color, markersize=7)
     accuracy.set_yticks(range(len(colors)), list(colors))
     accuracy.set_ylim(-0.6, len(colors) - 0.4)
-    accuracy.set_xlabel("test accuracy (%); strokes are seeds, dots their mean")
+    accuracy.set_xlabel("test accuracy (%)")
     return chart
 
 

@@ -190,7 +190,7 @@ def figure(results: Sequence[SeedResult], theme: Theme) -> Figure:
         "gamma and beta": ("only gamma and beta", theme.blue),
         "two weights": ("two weights a channel", theme.vermilion),
     }
-    chart, (axes,) = panels(theme, "What training a few parameters of a random network reaches", height=3.8)
+    chart, (axes,) = panels(theme, "Training a part of a random network", height=3.8)
     count = results[0]["parameters"]
     labels = []
     for name, (label, color) in names.items():
@@ -202,9 +202,7 @@ def figure(results: Sequence[SeedResult], theme: Theme) -> Figure:
         labels.append((count[-1], means[-1], label, color))
     axes.axhline(10, color=theme.muted, linewidth=0.8, linestyle="--")
     axes.annotate("chance", (count[0], 11.5), color=theme.muted, fontsize=8.5)
-    axes.set(
-        xlabel="gammas and betas in the network (count; deeper to the right)", ylabel="test accuracy (%)"
-    )
+    axes.set(xlabel="number of gammas and betas in the network", ylabel="test accuracy (%)")
     axes.set_ylim(0, 100)
     label_ends(axes, labels)
     return chart
@@ -220,8 +218,8 @@ EXPERIMENT = Experiment(
     ),
     claim=(
         "A residual network whose weights stay random reaches a higher accuracy by training only its gammas "
-        "and betas than by training two random weights per channel, and a deeper one a higher accuracy than a "
-        "shallow one."
+        "and betas than by training two random weights per channel, and a deeper one a higher accuracy than "
+        "a shallow one."
     ),
     source="Frankle, Schwab & Morcos 2020, Training BatchNorm and Only BatchNorm, section 4 (2003.00152)",
     refuted_by="One of the two differences in accuracy not above 0.",
