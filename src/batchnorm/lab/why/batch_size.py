@@ -25,7 +25,7 @@ from batchnorm.lab.why.experiment import Experiment, Measure, Scale, SeedResult
 from batchnorm.lab.why.theme import Theme, label_ends, panels
 
 SIZES: dict[Scale, tuple[int, ...]] = {"quick": (2, 8, 32, 128), "full": (2, 4, 8, 16, 32, 64, 128, 256)}
-SETTINGS: dict[Scale, Setting] = {"quick": Setting(2048, 2, 4000), "full": Setting(12_000, 3, 10_000)}
+SETTINGS: dict[Scale, Setting] = {"quick": Setting(1536, 2, 4000), "full": Setting(12_000, 3, 10_000)}
 _GROUPS = 4
 # Proportional to the batch, as in Wu & He's section 4.1.
 _RATE_PER_IMAGE = 0.1 / 128

@@ -28,10 +28,10 @@ from batchnorm.lab.why.corruptions import CORRUPTIONS, corrupted
 from batchnorm.lab.why.experiment import Experiment, Measure, Scale, SeedResult
 from batchnorm.lab.why.theme import Theme, label_ends, panels
 
-SETTINGS: dict[Scale, Setting] = {"quick": Setting(6000, 4, 5000), "full": Setting(60_000, 5, 10_000)}
+SETTINGS: dict[Scale, Setting] = {"quick": Setting(5000, 4, 4000), "full": Setting(60_000, 5, 10_000)}
 SEVERITIES: dict[Scale, tuple[int, ...]] = {"quick": (5,), "full": (1, 3, 5)}
 # 50 steps of entropy, as in Tent's experiments on CIFAR-10-C.
-TARGET_BATCH: dict[Scale, int] = {"quick": 100, "full": 200}
+TARGET_BATCH: dict[Scale, int] = {"quick": 80, "full": 200}
 FEW = (2, 8, 32)
 PRIOR = 16
 _BATCH, _LR = 64, 0.1

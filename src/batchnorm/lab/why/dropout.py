@@ -30,7 +30,7 @@ from batchnorm.lab.why.experiment import Experiment, Measure, Scale, SeedResult
 from batchnorm.lab.why.theme import Theme, label_ends, panels
 
 RATE = 0.5
-SETTINGS: dict[Scale, Setting] = {"quick": Setting(6000, 4, 10_000), "full": Setting(60_000, 5, 10_000)}
+SETTINGS: dict[Scale, Setting] = {"quick": Setting(5000, 4, 8000), "full": Setting(60_000, 5, 10_000)}
 _BATCH, _LR = 64, 0.1
 _WIDTH = 16
 _ARMS = {
