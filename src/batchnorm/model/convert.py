@@ -83,8 +83,9 @@ def convert(
     theirs = {name: m for name, m in layers.items() if not isinstance(m, _BatchNorm)}
     left = {name: m for name, m in theirs.items() if not _can_be_ours(m, subclasses)}
     to_ours = [m for name, m in theirs.items() if name not in left]
+    # Those that are fused already too: which of two batch norms waits for their add depends on both.
     fusing = [m for m in to_ours if _ours(_class(m), subclasses) in FUSING]
-    fusing += [m for m in layers.values() if _class(m) in FUSING and m.activation is None]
+    fusing += [m for m in layers.values() if _fusing(_class(m)) is not None and m.activation is None]
     places = find(model, fusing) if fuse else {}
     _warn_of(left)
     for layer in to_ours:
@@ -98,7 +99,9 @@ def convert(
             layer.sync = True if layer.process_group is None else layer.process_group
     for fused, found in places.items():
         _remember_class(fused)
-        _set_class(fused, FUSING[_class(fused)])
+        waiting = _fusing(_class(fused))
+        assert waiting is not None  # it was among those that can
+        _set_class(fused, waiting)
         fused.__dict__["_callers"] = tuple({place.caller: None for place in found})
         fused.__dict__["_followers"] = tuple({p.follower: None for p in found if p.follower is not None})
     if memory_efficient:
@@ -138,6 +141,11 @@ def _ours(cls: type[nn.Module], subclasses: bool) -> type[nn.Module] | None:
     """The class of this package for a class of torch.nn, or for the one that it is a subclass of."""
     candidates = cls.__mro__ if subclasses else (cls,)
     return next((_OURS[base] for base in candidates if base in _OURS), None)
+
+
+def _fusing(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The class that waits for what follows, for a class of this package that does or does not yet."""
+    return cls if cls in FUSING.values() else FUSING.get(cls)
 
 
 def _can_be_ours(module: nn.Module, subclasses: bool) -> bool:
