@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not team.available(), reason="torch's threads ar
 
 @pytest.fixture(autouse=True)
 def _small_inputs_too(monkeypatch):
-    monkeypatch.setattr(cpu, "SMALLEST", 1)
+    monkeypatch.setattr(cpu, "pays", lambda *call: True)
     monkeypatch.setattr(cpu, "MAPPED", 0)
     torch.manual_seed(0)
 
@@ -599,8 +599,27 @@ def test_the_choice(monkeypatch):
     assert choose(torch.randn(49, 127), 1) is native
     assert choose(torch.randn(49, 126), 1) is cpu  # a byte less than SMALL and more
     assert choose(torch.randn(300, 31), 1) is cpu
-    monkeypatch.setattr(cpu, "SMALLEST", x.numel() + 1)
+    monkeypatch.setattr(cpu, "pays", lambda *call: False)
     assert choose(x, 1) is native
+
+
+def test_the_choice_by_size(monkeypatch):
+    monkeypatch.undo()
+    fused = {"activation": "relu"}
+
+    def chosen(values, channels_last=False, **options):
+        x = torch.randn(values // 64, 1, 8, 8).expand(-1, 2, -1, -1).contiguous()[: values // 128]
+        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        assert x.numel() == values
+        return choose(x, 1, **options)
+
+    assert chosen(65536) is chosen(32768, **fused) is cpu
+    assert chosen(65408) is chosen(32640, **fused) is native
+    with torch.no_grad():
+        assert chosen(4096) is cpu
+        assert chosen(3968) is native
+    assert chosen(131072, training=False, **fused) is chosen(131072, True, training=False) is cpu
+    assert chosen(130944, training=False, **fused) is chosen(1048576, training=False) is native
 
 
 def test_under_transforms_and_compilers():

@@ -31,7 +31,7 @@ INPUTS = ("x", "weight", "bias", "residual")
 
 @pytest.fixture(autouse=True)
 def _small_tensors_and_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(cpu, "SMALLEST", 1)
+    monkeypatch.setattr(cpu, "pays", lambda *call: True)
     monkeypatch.setattr(cpu, "MAPPED", 0)
     monkeypatch.setattr(team, "_WORTH_A_TEAM", 1)
     before = torch.get_num_threads()

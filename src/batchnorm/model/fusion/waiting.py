@@ -207,7 +207,7 @@ def _fuses(layer: _Fusing, x: Tensor) -> bool:
     if x.ndim not in layer._ranks:
         return False  # an error, and the layer's to raise
     parameters = layer._parameters.get("weight"), layer._parameters.get("bias")
-    return choose(x, layer.channel_dim, parameters, None, "relu") not in (native, reference)
+    return choose(x, layer.channel_dim, parameters, None, "relu", layer.training) not in (native, reference)
 
 
 def _caller(module: nn.Module, frame: FrameType | None) -> FrameType | None:
