@@ -1,5 +1,6 @@
 """Tests of the model of what synchronised layers cost on a network."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def test_seconds_by_hand() -> None:
 def test_one_process_sends_nothing_and_more_never_send_less(collective: Any, per_node: int) -> None:
     assert collective(1, 1000, per_node) == Cost(1, 0, 0, 0)
     costs = [collective(p, 1000, per_node) for p in PROCESSES]
-    for less, more in zip(costs, costs[1:], strict=False):
+    for less, more in itertools.pairwise(costs):
         assert more.sent >= less.sent
         assert more.far >= less.far
         assert more.near >= less.near

@@ -1,8 +1,8 @@
 """What synchronised batch norm costs on a network: messages, bytes and seconds of its collectives, on paper.
 
 A collective of p processes takes `call + latencies of its messages + bytes sent * seconds per byte`, the
-alpha-beta model (Hockney 1994), with the counts of Thakur, Rabenseifner and Gropp, "Optimization of collective
-communication operations in MPICH", 2005. With several processes in a node, a ring goes through each node once
+alpha-beta model (Hockney 1994), with the counts of Thakur, Rabenseifner and Gropp, "Optimization of
+collective communication operations in MPICH", 2005. With several processes in a node, a ring goes through each node once
 and a tree joins nodes, within which it is a chain, as in NCCL (`src/graph/tuning.cc`, whose latencies stand
 here too).
 """
