@@ -2,9 +2,9 @@
 
 A collective of p processes takes `call + latencies of its messages + bytes sent * seconds per byte`, the
 alpha-beta model (Hockney 1994), with the counts of Thakur, Rabenseifner and Gropp, "Optimization of
-collective communication operations in MPICH", 2005. With several processes in a node, a ring goes through each node once
-and a tree joins nodes, within which it is a chain, as in NCCL (`src/graph/tuning.cc`, whose latencies stand
-here too).
+collective communication operations in MPICH", 2005. With several processes in a node, a ring goes through
+each node once and a tree joins nodes, within which it is a chain, as in NCCL (`src/graph/tuning.cc`, whose
+latencies stand here too).
 """
 
 from __future__ import annotations
