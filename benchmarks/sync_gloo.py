@@ -31,7 +31,7 @@ ROUNDS, SECONDS = 30, 150
 
 
 class Timed(NamedTuple):
-    """Seconds of a case, sums over its calls: of their fastest deciles, which others disturb little, and medians."""
+    """Seconds of a case, summed over its calls: of their fastest deciles (little disturbed) and medians."""
 
     fast: float
     median: float
