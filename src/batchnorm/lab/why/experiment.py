@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
+from batchnorm.lab.why.theme import Theme
+
 Verdict = Literal["supported", "not supported", "undecided here"]
 Scale = Literal["quick", "full"]
 
@@ -48,6 +50,9 @@ class Experiment:
         steps: `(scale) -> how often run calls on_steps(1)`.
         measures: `(results of all seeds) -> measures`; the verdict follows from those with `above`.
         figure: `(results of all seeds, theme) -> a matplotlib figure` in the theme's colours.
+        data: the data set that `run` gets from `images.load_images`; None where it needs none.
+        layers: `(results of all seeds) -> what the page's slider over training steps shows`, see
+            `page.layers_of`; None for no slider.
     """
 
     number: int
@@ -60,4 +65,6 @@ class Experiment:
     run: Callable[[int, Scale, Callable[[int], None]], SeedResult]
     steps: Callable[[Scale], int]
     measures: Callable[[Sequence[SeedResult]], Sequence[Measure]]
-    figure: Callable[[Sequence[SeedResult], Any], Figure]
+    figure: Callable[[Sequence[SeedResult], Theme], Figure]
+    data: str | None = None
+    layers: Callable[[Sequence[SeedResult]], Mapping[str, Any]] | None = None
