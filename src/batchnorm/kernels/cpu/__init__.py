@@ -45,7 +45,7 @@ def supports(
     size, dtype, channels = x.numel(), x.dtype, x.shape[channel_dim]
     alone = activation is None and residual is None
     recording = recipes.is_recording() and torch.is_grad_enabled()
-    if not (size and recording) and not pays(size, training, alone, "rows"):
+    if not size or not (recording or pays(size, training, alone, "rows")):
         return False
     # Over rows torch is at the speed of memory too, but for narrow ones and where pages are new each time.
     in_bytes = size * x.element_size()
@@ -69,7 +69,7 @@ def supports(
     the_plan = _plan(x, channel_dim)
     if the_plan is None or (rows_are_torchs and the_plan.kind == "rows"):
         return False
-    if not training and not recording and not pays(size, training, alone, the_plan.kind):
+    if not (recording or pays(size, training, alone, the_plan.kind)):
         return False
     return not torch.are_deterministic_algorithms_enabled() and can_run_here() and _work()
 
