@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
+
+from batchnorm.doctor.handwritten import Handwritten, handwritten
+from batchnorm.doctor.structure import Call, calls_of
 
 
 @dataclass
@@ -20,6 +25,7 @@ class Subject:
         optimizer: the optimizer that trains it, or None.
         loss: a function of `(output, batch)`, or None.
         forward: a function `(model, batch) -> output`, or None for `batchnorm.model.calling`'s rules.
+        evaluate: a function without arguments that evaluates the model, or None.
         batches: a handful of batches of the loader; empty where no loader was given.
         observed: what `doctor.data.observe` measured on the batches; None without data.
     """
@@ -29,5 +35,33 @@ class Subject:
     optimizer: Optimizer | None = None
     loss: Callable[[Any, Any], Any] | None = None
     forward: Callable[[nn.Module, Any], Any] | None = None
+    evaluate: Callable[[], Any] | None = None
     batches: list[Any] = field(default_factory=list)
     observed: Any = None
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        """The calls of the model's forward, as far as they can be followed without running it."""
+        return calls_of(self.model)
+
+    @cached_property
+    def handwritten(self) -> dict[str, Handwritten]:
+        """Batch norms that are no module of torch's or ours, by qualified name."""
+        return handwritten(self.model)
+
+    @cached_property
+    def optimizer_has_stepped(self) -> bool:
+        """Whether the optimizer has state, or the learning-rate schedule on it has moved."""
+        return self.optimizer is not None and any(self.optimizer.state.values())
+
+    def is_trained(self, layer: nn.Module) -> bool:
+        """Whether the layer's weights are not its first ones: its shifts differ from channel to channel.
+
+        Scales may be drawn at random from the start (DCGAN), shifts are not. Without shifts, the optimizer
+        tells by its state.
+        """
+        shift = getattr(layer, "bias", None)
+        if shift is None:
+            return self.optimizer_has_stepped
+        with torch.no_grad():
+            return bool((shift != shift.flatten()[0]).any()) if shift.numel() > 1 else bool((shift != 0).any())

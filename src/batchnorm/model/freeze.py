@@ -91,6 +91,11 @@ def is_frozen(layer: _BatchNorm) -> bool:
     return isinstance(layer.__dict__.get("train"), _StaysInEval)
 
 
+def affine_is_frozen(layer: _BatchNorm) -> bool:
+    """Whether the layer's weight and bias are frozen."""
+    return _WHEN_FROZEN in layer.__dict__
+
+
 class _StaysInEval:
     """Stands in for the `train` method of one layer, so that the flag stays False whoever calls it.
 
