@@ -162,7 +162,7 @@ def _normalises_over_the_batch(module: nn.Module, shape: tuple[int, ...], channe
     same = torch.allclose(_twin(module)(x * scale + shift), y, atol=1e-2, rtol=1e-2)
     mates = torch.cat([x[:1], 3 * x[1:]])
     depends_on_mates = not torch.allclose(_twin(module)(mates)[:1], y[:1], atol=1e-2, rtol=1e-2)
-    varies = bool((y.detach().std() > 1e-2))
+    varies = bool(y.detach().std() > 1e-2)
     return same and depends_on_mates and varies
 
 
@@ -206,7 +206,9 @@ def _momentum(before: Tensor, after: Tensor, target: Tensor) -> float | None:
     if not bool((towards.abs() > 0).any()) or not bool((moved.abs() > 0).any()):
         return None
     momentum = float((towards * moved).sum() / (towards * towards).sum())
-    fits = torch.allclose(moved, momentum * towards, rtol=_TOLERANCE, atol=_TOLERANCE * float(moved.abs().max()))
+    fits = torch.allclose(
+        moved, momentum * towards, rtol=_TOLERANCE, atol=_TOLERANCE * float(moved.abs().max())
+    )
     return momentum if fits and 0 < momentum <= 1 + _TOLERANCE else None
 
 

@@ -70,11 +70,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (
-            not m._modules
-            or isinstance(m, _BatchNorm)
-            or super().is_leaf_module(m, module_qualified_name)
-        )
+        return not m._modules or isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _trace(twin: nn.Module) -> fx.Graph | None:

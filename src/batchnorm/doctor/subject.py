@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from batchnorm.doctor.handwritten import Handwritten, handwritten
@@ -31,13 +32,31 @@ class Subject:
     """
 
     model: nn.Module
-    batch_norms: dict[str, nn.Module]
+    batch_norms: Mapping[str, _BatchNorm]
     optimizer: Optimizer | None = None
     loss: Callable[[Any, Any], Any] | None = None
     forward: Callable[[nn.Module, Any], Any] | None = None
     evaluate: Callable[[], Any] | None = None
     batches: list[Any] = field(default_factory=list)
     observed: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        batches: list[Any],
+        optimizer: Optimizer | None = None,
+        loss: Callable[[Any, Any], Any] | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        evaluate: Callable[[], Any] | None = None,
+    ) -> Subject:
+        """The model with the batch norms that it has now."""
+        found = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
+        return cls(model, found, optimizer, loss, forward, evaluate, batches)
+
+    def again(self) -> Subject:
+        """The same to be examined anew, after the model has changed."""
+        return Subject.of(self.model, self.batches, self.optimizer, self.loss, self.forward, self.evaluate)
 
     @cached_property
     def calls(self) -> list[Call]:
@@ -51,7 +70,7 @@ class Subject:
 
     @cached_property
     def optimizer_has_stepped(self) -> bool:
-        """Whether the optimizer has state, or the learning-rate schedule on it has moved."""
+        """Whether there is an optimizer that has made a step that left state (momentum, Adam's averages)."""
         return self.optimizer is not None and any(self.optimizer.state.values())
 
     def is_trained(self, layer: nn.Module) -> bool:
@@ -64,4 +83,6 @@ class Subject:
         if shift is None:
             return self.optimizer_has_stepped
         with torch.no_grad():
-            return bool((shift != shift.flatten()[0]).any()) if shift.numel() > 1 else bool((shift != 0).any())
+            return (
+                bool((shift != shift.flatten()[0]).any()) if shift.numel() > 1 else bool((shift != 0).any())
+            )

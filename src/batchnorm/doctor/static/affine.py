@@ -89,7 +89,9 @@ def not_finite(check: Check, subject: Subject) -> Iterator[Finding]:
 )
 def shifted(check: Check, subject: Subject) -> Iterator[Finding]:
     shifts = {name: seen.shift for name, seen in subject.handwritten.items()}
-    shifts |= {name: layer.bias for name, layer in subject.batch_norms.items() if isinstance(layer.bias, Tensor)}
+    shifts |= {
+        name: layer.bias for name, layer in subject.batch_norms.items() if isinstance(layer.bias, Tensor)
+    }
     for name, given in shifts.items():
         shift = given.detach().double()
         mean = float(shift.mean())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.finding import Finding
+from batchnorm.doctor.snapshot import unchanged
 from batchnorm.doctor.subject import Subject
 
 
@@ -33,15 +35,11 @@ def in_training_mode(check: Check, subject: Subject) -> Iterator[Finding]:
     def after(module: nn.Module, args: Any, output: Any) -> None:
         raise _SeenEnough
 
-    handles = [module.register_forward_pre_hook(before) for module in names]
-    handles.append(subject.model.register_forward_hook(after))
-    try:
+    with unchanged(subject.model), suppress(_SeenEnough):
+        for module in names:
+            module.register_forward_pre_hook(before)
+        subject.model.register_forward_hook(after)
         subject.evaluate()
-    except _SeenEnough:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     if names and not seen:
         raise ValueError("diagnose: evaluate() called none of the model's batch norms: is it this model's?")
     for name, training in seen.items():

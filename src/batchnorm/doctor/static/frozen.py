@@ -27,7 +27,10 @@ def training_in_eval(check: Check, subject: Subject) -> Iterator[Finding]:
     for name, layer in _layers(subject):
         if layer.training and layer is not subject.model:
             yield check.finding(
-                name, "it is in training mode, in a model that is in eval mode", training=True, model_training=False
+                name,
+                "it is in training mode, in a model that is in eval mode",
+                training=True,
+                model_training=False,
             )
 
 
@@ -55,7 +58,11 @@ def in_part(check: Check, subject: Subject) -> Iterator[Finding]:
             yield check.finding(
                 name,
                 "it is in eval mode, in a model that trains"
-                + (": its weights still learn, and the next model.train() lets its statistics move" if not fixed else ""),
+                + (
+                    ": its weights still learn, and the next model.train() lets its statistics move"
+                    if not fixed
+                    else ""
+                ),
                 severity="note" if fixed or not own or len(in_eval) == len(layers) else "warning",
                 training=False,
                 requires_grad=not fixed,
@@ -72,7 +79,11 @@ def in_part(check: Check, subject: Subject) -> Iterator[Finding]:
         elif half:
             fixed_names = [n for n, p in layer.named_parameters(recurse=False) if not p.requires_grad]
             yield check.finding(
-                name, f"only its {fixed_names[0]} is fixed", severity="note", training=True, requires_grad=True
+                name,
+                f"only its {fixed_names[0]} is fixed",
+                severity="note",
+                training=True,
+                requires_grad=True,
             )
 
 

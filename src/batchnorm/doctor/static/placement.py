@@ -22,7 +22,16 @@ _DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Alp
 _DROPOUT_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, F.alpha_dropout}
 _RESHAPING_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity)
 _RESHAPING_FUNCTIONS = {torch.flatten, torch.squeeze, torch.unsqueeze, torch.transpose, torch.permute}
-_RESHAPING_METHODS = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "contiguous"}
+_RESHAPING_METHODS = {
+    "view",
+    "reshape",
+    "flatten",
+    "squeeze",
+    "unsqueeze",
+    "transpose",
+    "permute",
+    "contiguous",
+}
 _SOFTMAX_MODULES = (nn.Softmax, nn.LogSoftmax)
 _SOFTMAX_FUNCTIONS = {F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, "softmax", "log_softmax"}
 
@@ -72,7 +81,9 @@ def dropout(check: Check, subject: Subject) -> Iterator[Finding]:
             yield check.finding(
                 call.layer,
                 f"its inputs come from dropout with p={p:g}: in training their variance is up to "
-                f"{1 / (1 - p):.2f} times that of eval mode" if p < 1 else "its inputs come from dropout with p=1",
+                f"{1 / (1 - p):.2f} times that of eval mode"
+                if p < 1
+                else "its inputs come from dropout with p=1",
                 p=p,
                 dropout=before.layer if before is not None else None,
             )
@@ -91,12 +102,18 @@ def logits(check: Check, subject: Subject) -> Iterator[Finding]:
     for call in _batch_norm_calls(subject):
         before, last = _only_input(call), call
         probabilities = False
-        while not last.is_output and len(last.users) == 1 and (_is_softmax(last.users[0]) or _reshapes(last.users[0])):
+        while (
+            not last.is_output
+            and len(last.users) == 1
+            and (_is_softmax(last.users[0]) or _reshapes(last.users[0]))
+        ):
             last = last.users[0]
             probabilities = probabilities or _is_softmax(last)
         if last.is_output and before is not None and isinstance(before.module, nn.Linear):
-            what = "it normalises the logits, the model's last values before softmax" if probabilities else (
-                "it normalises the model's output, after its last linear layer"
+            what = (
+                "it normalises the logits, the model's last values before softmax"
+                if probabilities
+                else ("it normalises the model's output, after its last linear layer")
             )
             yield check.finding(
                 call.layer,
@@ -128,7 +145,9 @@ def pooling(check: Check, subject: Subject) -> Iterator[Finding]:
             yield check.finding(
                 call.layer,
                 "a batch of one sample gives it one value per channel, and there is one in the data: training "
-                "stops there" if alone else "it has one value per sample and channel, after pooling to 1x1",
+                "stops there"
+                if alone
+                else "it has one value per sample and channel, after pooling to 1x1",
                 severity="error" if alone else "note",
                 pooling=before.layer,
                 smallest_batch=smallest,
@@ -139,7 +158,9 @@ def _batch_norm_calls(subject: Subject) -> Iterator[Call]:
     """The first call of every batch norm, the hand-written ones too."""
     seen = set()
     for call in subject.calls:
-        if call.layer in seen or (call.layer not in subject.batch_norms and call.layer not in subject.handwritten):
+        if call.layer in seen or (
+            call.layer not in subject.batch_norms and call.layer not in subject.handwritten
+        ):
             continue
         seen.add(call.layer)
         yield call

@@ -95,7 +95,9 @@ def eps(check: Check, subject: Subject) -> Iterator[Finding]:
             )
         elif value < SMALL_EPS:
             yield check.finding(
-                name, f"eps {value:g}: a constant channel's rounding errors grow {value**-0.5:.1g} fold", eps=value
+                name,
+                f"eps {value:g}: a constant channel's rounding errors grow {value**-0.5:.1g} fold",
+                eps=value,
             )
         elif value >= LARGE_EPS:
             share = _share_of_eps(layer, value)

@@ -89,9 +89,13 @@ def _bad(check: Check, name: str, mean: Tensor, variance: Tensor, layer: nn.Modu
         "first_channel": _first(~(mean.isfinite() & variance.isfinite()) | (variance < 0) | is_zero),
     }
     if infinite:
-        yield check.finding(name, f"running mean or variance is NaN or inf in {infinite} of {channels} channels", **evidence)
+        yield check.finding(
+            name, f"running mean or variance is NaN or inf in {infinite} of {channels} channels", **evidence
+        )
     if negative:
-        yield check.finding(name, f"running variance is negative in {negative} of {channels} channels", **evidence)
+        yield check.finding(
+            name, f"running variance is negative in {negative} of {channels} channels", **evidence
+        )
     if bool(is_zero.any()):
         yield check.finding(
             name,

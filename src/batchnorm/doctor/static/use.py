@@ -35,7 +35,9 @@ def shared(check: Check, subject: Subject) -> Iterator[Finding]:
             yield check.finding(
                 name,
                 f"it is called in {len(calls)} places, "
-                + ("after different layers" if differ else "after the same layer each time (a shared branch)"),
+                + (
+                    "after different layers" if differ else "after the same layer each time (a shared branch)"
+                ),
                 severity="warning" if differ else "note",
                 calls=len(calls),
                 sources=len(sources),

@@ -114,9 +114,7 @@ def _in_module(module: nn.Module, candidates: set[nn.Module]) -> list[tuple[nn.M
     return seen
 
 
-def quietly(
-    tracer: fx.Tracer, module: nn.Module, concrete_args: dict[str, Any] | None = None
-) -> fx.Graph:
+def quietly(tracer: fx.Tracer, module: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
     """The graph of `module`, from a run of its code that leaves no warnings and draws no random numbers."""
     state = random.getstate()
     try:
