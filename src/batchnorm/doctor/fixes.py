@@ -122,7 +122,7 @@ def _check_nothing_new(code: str, before: Sequence[Finding], after: Sequence[Fin
     for finding in after:
         if finding.severity != "note" and (finding.code, finding.layer, finding.severity) not in known:
             raise ValueError(
-                f"fix: {code} was taken back, since it brought {finding.code} in {finding.layer or 'the model'}: "
+                f"fix: {code} was taken back: it brought {finding.code} in {finding.layer or 'the model'}, "
                 f"{finding.what}"
             )
 
@@ -132,19 +132,18 @@ def absorb(subject: Subject, layers: Sequence[str]) -> None:
     """Move biases into running means; those of other layers are put back."""
     if not subject.batches:
         raise ValueError(_NO_DATA)
-    others = [
-        (bias, bias.detach().clone(), mean, mean.clone())
-        for call in subject.calls
-        if call.layer in subject.batch_norms and call.inputs and call.inputs[0].layer not in layers
-        for bias in [getattr(call.inputs[0].module, "bias", None)]
-        for mean in [subject.batch_norms[call.layer].running_mean]
-        if isinstance(bias, Tensor) and isinstance(mean, Tensor)
-    ]
+    others = []
+    for call in subject.calls:
+        norm = subject.batch_norms.get(call.layer or "")
+        if norm is None or not call.inputs or call.inputs[0].layer in layers:
+            continue
+        bias = getattr(call.inputs[0].module, "bias", None)
+        others += [t for t in (bias, norm.running_mean) if isinstance(t, Tensor)]
+    before = [tensor.detach().clone() for tensor in others]
     absorb_bias(subject.model, subject.batches[0], forward=subject.forward)
     with torch.no_grad():
-        for bias, its_values, mean, mean_values in others:
-            bias.copy_(its_values)
-            mean.copy_(mean_values)
+        for tensor, values in zip(others, before, strict=True):
+            tensor.copy_(values)
 
 
 @fixes("BN102")
@@ -203,7 +202,7 @@ def freeze_statistics(subject: Subject, layers: Sequence[str]) -> None:
         layer = _torch_layer(subject, name)
         if any(p.requires_grad for p in layer.parameters(recurse=False)):
             raise ValueError(
-                f"{name} has weights that learn: whether it should be frozen or trained is yours to say, with "
+                f"{name} has weights that learn: whether to freeze or to train it is yours to say, with "
                 "bn.freeze(layer) or layer.train()"
             )
         freeze(layer)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from batchnorm.doctor.pictures import SIDE, LayerPicture, plots
-
-if TYPE_CHECKING:
-    from batchnorm.doctor.report import Report
+from batchnorm.doctor.report import Report, said_of
 
 
 def page(report: Report) -> str:
@@ -28,7 +26,9 @@ def _render(report: Report, whole: bool) -> str:
     template = environment.from_string(
         files("batchnorm.doctor").joinpath("page.html.jinja").read_text("utf-8")
     )
-    return template.render(report=report, whole=whole, layers=_layers(report) if whole else [], side=SIDE)
+    return template.render(
+        report=report, whole=whole, layers=_layers(report) if whole else [], side=SIDE, said_of=said_of
+    )
 
 
 def _layers(report: Report) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a layer's statistics look like: running against population statistics, and how variances are spread."""
+"""What a layer's statistics look like: running against population statistics, the spread of variances."""
 
 from __future__ import annotations
 
@@ -178,8 +178,8 @@ def _ticks(low: float, high: float, label: Callable[[float], str]) -> tuple[Tick
 
 
 def _label(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−")
+    return f"{value:.3g}"
 
 
 def _power(value: float) -> str:
-    return f"{10**value:.2g}".replace("e-0", "e−").replace("e+0", "e")
+    return f"{10**value:.2g}".replace("e-0", "e-").replace("e+0", "e")

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 _WIDTH = 80
 _MARGIN = 10
-# Layers of one check that are shown with what they have; of the others there is the name.
+# Of one check, so many different sentences; of one sentence, so many layers by name.
 _SHOWN = 3
+_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,11 @@ class Report:
         for severity, code, title, findings in self.by_check():
             yield ""
             yield f"{severity:<9} {code}  {title}"
-            for finding in findings[:_SHOWN]:
-                yield from _wrapped(f"{finding.layer or 'the model'}: {finding.what}")
-            if others := findings[_SHOWN:]:
-                names = ", ".join(f.layer or "the model" for f in others)
-                yield from _wrapped(
-                    textwrap.shorten(f"and {len(others)} more: {names}", 2 * _WIDTH, placeholder=" ...")
-                )
+            rows = said_of(findings)
+            for layers, what in rows[:_SHOWN]:
+                yield from _wrapped(f"{_listed(layers)}: {what}")
+            if others := [name for layers, _ in rows[_SHOWN:] for name in layers]:
+                yield from _wrapped(f"and {len(others)} more: {_listed(others)}")
 
     def _advice(self) -> Iterator[str]:
         said: set[str] = set()
@@ -160,6 +159,19 @@ class Report:
         from batchnorm.doctor.page import fragment
 
         return fragment(self)
+
+
+def said_of(findings: Sequence[Finding]) -> list[tuple[list[str], str]]:
+    """What is said, each with the layers that it is said of."""
+    rows: dict[str, list[str]] = {}
+    for finding in findings:
+        rows.setdefault(finding.what, []).append(finding.layer or "the model")
+    return [(layers, what) for what, layers in rows.items()]
+
+
+def _listed(layers: Sequence[str]) -> str:
+    more = f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else ""
+    return ", ".join(layers[:_NAMED]) + more
 
 
 def _wrapped(text: str, label: str = "") -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,7 +112,7 @@ def _calls_in(
 
 def _chain(sequential: nn.Sequential, names: dict[nn.Module, str], is_whole: bool) -> list[Call]:
     calls = [Call(names[child], child, None) for child in sequential._modules.values() if child is not None]
-    for call, after in zip(calls, calls[1:], strict=False):
+    for call, after in itertools.pairwise(calls):
         call.users, after.inputs = [after], [call]
     if is_whole and calls:
         calls[-1].is_output = True

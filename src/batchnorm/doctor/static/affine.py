@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,10 @@ _CLOSE = 4.0
     "BN110",
     "dead scales",
     severity="warning",
-    why="A channel with gamma near 0 gives the same number for every input: the layer's width is wasted, and a "
-    "layer that is dead as a whole gives nothing but its shift.",
-    fix="Take weight decay and L1 penalties off gamma, lower the learning rate; channels that stay dead can be "
-    "pruned.",
+    why="A channel with gamma near 0 gives the same number for every input: the layer's width is wasted, "
+    "and a layer that is dead as a whole gives nothing but its shift.",
+    fix="Take weight decay and L1 penalties off gamma, lower the learning rate; channels that stay dead "
+    "can be pruned.",
     needs_data=False,
 )
 def dead(check: Check, subject: Subject) -> Iterator[Finding]:
@@ -38,7 +39,12 @@ def dead(check: Check, subject: Subject) -> Iterator[Finding]:
         count, channels = int(is_dead.sum()), scale.numel()
         if not count:
             continue
-        evidence = {"dead": count, "channels": channels, "threshold": DEAD, "largest": float(scale.max())}
+        evidence: dict[str, Any] = {
+            "dead": count,
+            "channels": channels,
+            "threshold": DEAD,
+            "largest": float(scale.max()),
+        }
         if count < channels:
             yield check.finding(
                 name,
@@ -82,8 +88,8 @@ def not_finite(check: Check, subject: Subject) -> Iterator[Finding]:
     "BN116",
     "shifts that start at one",
     severity="warning",
-    why="With beta at 1 instead of 0 a layer's outputs start off centre: sigmoids start saturated on one side, "
-    "ReLUs start close to linear.",
+    why="With beta at 1 instead of 0 a layer's outputs start off centre: sigmoids start saturated on one "
+    "side, ReLUs start close to linear.",
     fix="Start beta at 0; report.fix('BN116') sets it where nothing is trained yet.",
     needs_data=False,
 )
@@ -103,7 +109,7 @@ def shifted(check: Check, subject: Subject) -> Iterator[Finding]:
             name,
             f"beta is {mean:.3g} in all {shift.numel()} channels"
             if exact
-            else f"beta lies around {mean:.2f} ± {spread:.2f} in all {shift.numel()} channels: did it start there?",
+            else f"beta is {mean:.2f} ± {spread:.2f} in all {shift.numel()} channels: did it start there?",
             severity="warning" if exact else "note",
             mean=mean,
             standard_deviation=spread,

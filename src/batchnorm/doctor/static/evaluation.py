@@ -18,8 +18,8 @@ from batchnorm.doctor.subject import Subject
     "BN117",
     "test in training mode",
     severity="error",
-    why="The accuracy is that of test batches normalised by themselves: it depends on how they are put together, a "
-    "single image cannot be classified, and test images move the running statistics.",
+    why="The accuracy is that of test batches normalised by themselves: it depends on how they are put "
+    "together, a single image cannot be classified, and test images move the running statistics.",
     fix="model.eval() and torch.no_grad() before the test, model.train() after it.",
     needs_data=False,
 )

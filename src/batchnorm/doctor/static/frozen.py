@@ -17,8 +17,10 @@ from batchnorm.model.freeze import affine_is_frozen, is_frozen
     "BN111",
     "training mode in an eval model",
     severity="error",
-    why="Predictions depend on what else is in the batch, and every one of them moves the running statistics.",
-    fix="model.eval(), after whatever calls train() on the layer; report.fix('BN111') puts the layer into eval mode.",
+    why="Predictions depend on what else is in the batch, and every one of them moves the running "
+    "statistics.",
+    fix="model.eval(), after whatever calls train() on the layer; report.fix('BN111') puts the layer into"
+    " eval mode.",
     needs_data=False,
 )
 def training_in_eval(check: Check, subject: Subject) -> Iterator[Finding]:
@@ -38,16 +40,16 @@ def training_in_eval(check: Check, subject: Subject) -> Iterator[Finding]:
     "BN112",
     "frozen in part",
     severity="warning",
-    why="A layer with fixed weights whose statistics move still drifts away; one in eval mode whose weights learn "
-    "starts to move its statistics with the next model.train().",
-    fix="bn.freeze(model) or bn.freeze(layer, affine=True) after the layers are chosen: it survives train(). "
-    "report.fix('BN112') freezes the statistics of layers whose weights are fixed.",
+    why="A layer with fixed weights whose statistics move still drifts away; one in eval mode whose "
+    "weights learn starts to move its statistics with the next model.train().",
+    fix="bn.freeze(model) or bn.freeze(layer, affine=True) after the layers are chosen: it survives "
+    "train(). report.fix('BN112') freezes the statistics of layers whose weights are fixed.",
     needs_data=False,
 )
 def in_part(check: Check, subject: Subject) -> Iterator[Finding]:
     if not subject.model.training:
         return
-    layers = [(name, layer) for name, layer in _layers(subject) if not is_frozen(layer)]  # type: ignore[arg-type]
+    layers = [(name, layer) for name, layer in _layers(subject) if not is_frozen(layer)]
     in_eval = [name for name, layer in layers if not layer.training]
     learning = any(p.requires_grad for p in subject.model.parameters())
     for name, layer in layers:

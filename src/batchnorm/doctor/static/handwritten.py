@@ -13,8 +13,8 @@ from batchnorm.doctor.subject import Subject
     "BN120",
     "statistics missing from the state_dict",
     severity="error",
-    why="A saved and loaded model normalises by statistics as when new: eval mode is wrong after loading, and a "
-    "tensor that is no buffer stays behind when the model moves to a device or dtype.",
+    why="A saved and loaded model normalises by statistics as when new: eval mode is wrong after loading,"
+    " and a tensor that is no buffer stays behind when the model moves to a device or dtype.",
     fix="self.register_buffer('running_mean', ...) in __init__ and in-place updates, or use bn.BatchNorm2d.",
     needs_data=False,
 )
@@ -37,10 +37,10 @@ def not_saved(check: Check, subject: Subject) -> Iterator[Finding]:
     "BN121",
     "statistics that keep the autograd graph",
     severity="error",
-    why="Every forward links the statistics to all the ones before, with the activations of their batches: memory "
-    "grows without end until there is none left.",
-    fix="Update them under torch.no_grad() and in place (self.running_mean.lerp_(mean, momentum)), or use "
-    "bn.BatchNorm2d.",
+    why="Every forward links the statistics to all the ones before, with the activations of their "
+    "batches: memory grows without end until there is none left.",
+    fix="Update them under torch.no_grad() and in place (self.running_mean.lerp_(mean, momentum)), or use"
+    " bn.BatchNorm2d.",
     needs_data=False,
 )
 def keeps_graph(check: Check, subject: Subject) -> Iterator[Finding]:
@@ -50,8 +50,8 @@ def keeps_graph(check: Check, subject: Subject) -> Iterator[Finding]:
             first, later = seen.graph_nodes
             yield check.finding(
                 name,
-                f"{' and '.join(kept.name for kept in keeping)} keep the graph of every forward: {first} nodes after "
-                f"1 forward, {later} after 5",
+                f"{' and '.join(kept.name for kept in keeping)} keep the graph of every forward: {first} "
+                f"nodes after 1 forward, {later} after 5",
                 nodes_after_1=first,
                 nodes_after_5=later,
             )
@@ -61,8 +61,8 @@ def keeps_graph(check: Check, subject: Subject) -> Iterator[Finding]:
     "BN122",
     "hand-written batch norm",
     severity="note",
-    why="It normalises over the batch and keeps running statistics as torch.nn's layers do, slower and with more "
-    "memory, and the verbs on models (recalibrate, freeze, fold) do not know it.",
+    why="It normalises over the batch and keeps running statistics as torch.nn's layers do, slower and "
+    "with more memory, and the verbs on models (recalibrate, freeze, fold) do not know it.",
     fix="Use bn.BatchNorm1d, 2d or 3d with the same momentum and eps.",
     needs_data=False,
 )

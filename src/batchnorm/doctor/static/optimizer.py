@@ -21,8 +21,8 @@ STRONG_PULL = 1e-4
     severity="warning",
     why="A decayed scale regularises nothing, the next layer makes up for it, and it pulls every channel "
     "towards dead (He et al. 2019, Bag of Tricks, section 3.1).",
-    fix="Give the optimizer bn.parameter_groups(model, weight_decay); report.fix('BN102') moves gamma and beta "
-    "into a group without decay and keeps the optimizer's state.",
+    fix="Give the optimizer bn.parameter_groups(model, weight_decay); report.fix('BN102') moves gamma and"
+    " beta into a group without decay and keeps the optimizer's state.",
     needs_data=False,
 )
 def weight_decay(check: Check, subject: Subject) -> Iterator[Finding]:

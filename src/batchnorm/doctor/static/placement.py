@@ -42,20 +42,20 @@ _SOFTMAX_FUNCTIONS = {F.softmax, F.log_softmax, torch.softmax, torch.log_softmax
     severity="note",
     why="Batch norm subtracts the batch's mean, and with it the bias: it costs memory and a reduction in "
     "the backward pass, gets a gradient of rounding errors, and learns nothing.",
-    fix="Build the layer with bias=False; in a trained model, report.fix('BN101') (absorb_bias) moves the bias "
-    "into the running mean.",
+    fix="Build the layer with bias=False; in a trained model, report.fix('BN101') (absorb_bias) moves the"
+    " bias into the running mean.",
     needs_data=False,
 )
 def bias(check: Check, subject: Subject) -> Iterator[Finding]:
     for call in _batch_norm_calls(subject):
         before = _only_input(call)
-        if before is None or before.layer is None or len(before.users) != 1 or is_frozen(call.module):  # type: ignore[arg-type]
+        if before is None or before.layer is None or len(before.users) != 1 or is_frozen(call.module):
             continue
         bias = getattr(before.module, "bias", None)
         if _is_linear(before) and isinstance(bias, Tensor) and bool((bias != 0).any()):
             yield check.finding(
                 before.layer,
-                f"its bias of {bias.numel()} values does nothing: batch norm {call.layer!r} subtracts it again",
+                f"its bias of {bias.numel()} values does nothing: {call.layer} subtracts it again",
                 batch_norm=call.layer,
                 values=bias.numel(),
                 largest=float(bias.detach().abs().max()),
@@ -66,8 +66,8 @@ def bias(check: Check, subject: Subject) -> Iterator[Finding]:
     "BN103",
     "dropout before batch norm",
     severity="warning",
-    why="Dropout scales up what it keeps in training and not in eval mode, so the variance that batch norm "
-    "learned is larger than the one it meets: variance shift (Li et al. 2019, section 3).",
+    why="Dropout scales up what it keeps in training and not in eval mode, so the variance that batch "
+    "norm learned is larger than the one it meets: variance shift (Li et al. 2019, section 3).",
     fix="Put the dropout after the last batch norm, or after this batch norm and its activation.",
     needs_data=False,
 )
@@ -95,7 +95,8 @@ def dropout(check: Check, subject: Subject) -> Iterator[Finding]:
     severity="note",
     why="Normalised logits have the same spread for every class and batch, so the model cannot be "
     "confident where it should be, and a prediction depends on the batch in training.",
-    fix="Remove the batch norm after the last layer of a classifier. Outputs that are embeddings may keep it.",
+    fix="Remove the batch norm after the last layer of a classifier. Outputs that are embeddings may keep"
+    " it.",
     needs_data=False,
 )
 def logits(check: Check, subject: Subject) -> Iterator[Finding]:
@@ -128,10 +129,10 @@ def logits(check: Check, subject: Subject) -> Iterator[Finding]:
     "BN105",
     "batch norm after pooling to one value",
     severity="note",
-    why="After pooling to 1x1 there is one value per sample and channel: with a batch of one there is nothing to "
-    "normalise by, and with a few samples the statistics are mostly noise.",
-    fix="Train with larger batches (drop_last=True for the last one), synchronise the layer, or take the batch "
-    "norm away after the pooling.",
+    why="After pooling to 1x1 there is one value per sample and channel: with a batch of one there is "
+    "nothing to normalise by, and with a few samples the statistics are mostly noise.",
+    fix="Train with larger batches (drop_last=True for the last one), synchronise the layer, or take the "
+    "batch norm away after the pooling.",
     needs_data=False,
 )
 def pooling(check: Check, subject: Subject) -> Iterator[Finding]:
@@ -144,8 +145,7 @@ def pooling(check: Check, subject: Subject) -> Iterator[Finding]:
             alone = smallest == 1
             yield check.finding(
                 call.layer,
-                "a batch of one sample gives it one value per channel, and there is one in the data: training "
-                "stops there"
+                "a batch of one sample gives it one value per channel, and there is one in the data"
                 if alone
                 else "it has one value per sample and channel, after pooling to 1x1",
                 severity="error" if alone else "note",

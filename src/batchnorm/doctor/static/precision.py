@@ -18,10 +18,10 @@ HALF = (torch.float16, torch.bfloat16)
     "BN113",
     "half precision",
     severity="warning",
-    why="A running average moves by less than a half-precision number can show and stands still; variances above "
-    "65504 become inf in float16.",
-    fix="Keep batch norms in float32 (autocast instead of model.half()); report.fix('BN113') does, also for the "
-    "optimizer's state.",
+    why="A running average moves by less than a half-precision number can show and stands still; "
+    "variances above 65504 become inf in float16.",
+    fix="Keep batch norms in float32 (autocast instead of model.half()); report.fix('BN113') does, also "
+    "for the optimizer's state.",
     needs_data=False,
 )
 def half(check: Check, subject: Subject) -> Iterator[Finding]:

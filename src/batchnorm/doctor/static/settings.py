@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.finding import Finding
@@ -23,8 +23,9 @@ _SHARE = 0.01
     "BN106",
     "momentum of the other convention",
     severity="warning",
-    why="torch's momentum is the weight of the new batch, other frameworks' that of the past: 0.9 here means "
-    "statistics of the last batch or two, and 0.001 ones that take thousands of steps to arrive.",
+    why="torch's momentum is the weight of the new batch, other frameworks' that of the past: 0.9 here "
+    "means statistics of the last batch or two, and 0.001 ones that take thousands of steps to "
+    "arrive.",
     fix="Use 1 - momentum (0.1 for 0.9, 0.01 for 0.99); report.fix('BN106') does, then recalibrate.",
     needs_data=False,
 )
@@ -35,7 +36,7 @@ def momentum(check: Check, subject: Subject) -> Iterator[Finding]:
             yield check.finding(name, _window(weight), momentum=weight, batches=_batches(weight))
     for name, layer in subject.batch_norms.items():
         value = getattr(layer, "momentum", None)
-        if value is None or getattr(layer, "running_mean", None) is None or is_frozen(layer):  # type: ignore[arg-type]
+        if value is None or getattr(layer, "running_mean", None) is None or is_frozen(layer):
             continue
         if not 0 <= value <= 1:
             yield check.finding(
@@ -48,7 +49,7 @@ def momentum(check: Check, subject: Subject) -> Iterator[Finding]:
             left = (1 - value) ** seen_batches
             yield check.finding(
                 name,
-                f"momentum {value:g}: after {seen_batches} batches {left:.1%} of its first statistics are left",
+                f"momentum {value:g}: {left:.1%} of its first statistics are left ({seen_batches} batches)",
                 severity="note" if left < _SHARE else "warning",
                 momentum=value,
                 batches_seen=seen_batches,
@@ -68,7 +69,7 @@ def _batches(momentum: float) -> float:
     return (2 - momentum) / momentum
 
 
-def _counter(layer: nn.Module) -> int:
+def _counter(layer: _BatchNorm) -> int:
     counter = getattr(layer, "num_batches_tracked", None)
     return 0 if counter is None else int(counter)
 
@@ -77,15 +78,15 @@ def _counter(layer: nn.Module) -> int:
     "BN107",
     "eps too large or too small",
     severity="warning",
-    why="A large eps shrinks channels of small variance instead of normalising them; one too small for the "
-    "dtype blows up a channel that is constant but for rounding.",
-    fix="Use 1e-5 (torch) or 1e-3 (Keras), and train or fine-tune with it: changed afterwards, it changes "
-    "the outputs.",
+    why="A large eps shrinks channels of small variance instead of normalising them; one too small for "
+    "the dtype blows up a channel that is constant but for rounding.",
+    fix="Use 1e-5 (torch) or 1e-3 (Keras), and train or fine-tune with it: changed afterwards, it changes"
+    " the outputs.",
     needs_data=False,
 )
 def eps(check: Check, subject: Subject) -> Iterator[Finding]:
     for name, layer in subject.batch_norms.items():
-        value = float(layer.eps)  # type: ignore[arg-type]
+        value = float(layer.eps)
         if value <= 0:
             yield check.finding(
                 name,
@@ -111,8 +112,8 @@ def eps(check: Check, subject: Subject) -> Iterator[Finding]:
             )
 
 
-def _share_of_eps(layer: nn.Module, eps: float) -> float | None:
+def _share_of_eps(layer: _BatchNorm, eps: float) -> float | None:
     variance = layer.running_var
     if variance is None or _counter(layer) == 0:
         return None
-    return eps / (float(variance.float().median()) + eps)  # type: ignore[operator]
+    return eps / (float(variance.float().median()) + eps)

@@ -18,8 +18,8 @@ _CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
     "BN118",
     "one batch norm in several places",
     severity="warning",
-    why="Its running statistics are an average over places with different distributions, and fit none of them in "
-    "eval mode.",
+    why="Its running statistics are an average over places with different distributions, and fit none of "
+    "them in eval mode.",
     fix="Give each place a batch norm of its own; share the convolutions alone.",
     needs_data=False,
 )
@@ -64,8 +64,8 @@ def _source(call: Call) -> object:
     "BN119",
     "layers that could be converted",
     severity="note",
-    why="bn.convert computes the same faster on a CPU, and with memory_efficient=True saves less for the backward "
-    "pass.",
+    why="bn.convert computes the same faster on a CPU, and with memory_efficient=True saves less for the "
+    "backward pass.",
     fix="bn.convert(model), undone by bn.revert; report.fix('BN119') does.",
     needs_data=False,
 )
