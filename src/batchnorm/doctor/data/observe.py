@@ -123,9 +123,7 @@ class _Observer:
             watch = self._pass(by_batch=True)
             seen.by_batch, seen.padding = watch.seen, watch.padding
             self._order()
-            seen.populations = {
-                name: population(calls) for name, calls in seen.by_batch.statistics.items()
-            }
+            seen.populations = {name: population(calls) for name, calls in seen.by_batch.statistics.items()}
             first_bad = watch.not_finite
         with restored(self.subject.model):
             watch = self._pass(by_batch=False)

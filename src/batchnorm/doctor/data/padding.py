@@ -54,9 +54,7 @@ def _along(values: Tensor, x: Tensor, dim: int) -> Padding | None:
     shape = [len(x), *[1] * (values.ndim - 1)]
     shape[dim] = length
     mask = valid.view(shape).expand_as(values).reshape(x.shape)
-    return Padding(
-        share, int(trailing.min()), int(trailing.max()), length, take(x, None), take(x, mask)
-    )
+    return Padding(share, int(trailing.min()), int(trailing.max()), length, take(x, None), take(x, mask))
 
 
 def _run(values: Tensor, dim: int) -> Tensor:

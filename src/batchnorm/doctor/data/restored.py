@@ -51,7 +51,9 @@ class _Contents:
     def __init__(self, module: nn.Module) -> None:
         self.attributes = dict(module.__dict__)
         self.containers = [
-            (value, value.copy()) for value in self.attributes.values() if isinstance(value, list | dict | set)
+            (value, value.copy())
+            for value in self.attributes.values()
+            if isinstance(value, list | dict | set)
         ]
 
     def put_back(self, module: nn.Module) -> None:
