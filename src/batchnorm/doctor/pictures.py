@@ -14,5 +14,5 @@ class LayerPicture:
     layer: str
     running_mean: Tensor
     running_var: Tensor
-    population_mean: Tensor
-    population_var: Tensor
+    population_mean: Tensor | None = None
+    population_var: Tensor | None = None

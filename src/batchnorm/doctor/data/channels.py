@@ -27,7 +27,8 @@ _IMAGES_FOR_DEAD = 60
     "BN203",
     "too few values per channel",
     severity="warning",
-    why="Each batch is normalised by statistics that are mostly noise, and the running ones average that noise.",
+    why="Each batch is normalised by statistics that are mostly noise, and the running ones average that "
+    "noise.",
     fix="Larger batches, sync=True over processes, drop_last=True for a small last batch; or bn.freeze in "
     "fine-tuning, or group norm.",
     needs_data=True,
@@ -50,7 +51,8 @@ def too_few_values(check: Check, subject: Subject) -> Iterator[Finding]:
         if trains(subject) and effective < _TOO_FEW:
             severity = "error" if smallest.values <= 2 else "warning"
         what = (
-            f"a batch of {smallest.images} has {smallest.values:.0f} values per channel, worth {effective:.1f} "
+            f"a batch of {smallest.images} has {smallest.values:.0f} values per channel, worth "
+            f"{effective:.1f} "
             f"independent ones: its mean is off by {noise:.0%} of a standard deviation"
         )
         if smallest.values <= 2:
@@ -94,8 +96,10 @@ def constant(seen: Population) -> Tensor:
     "BN204",
     "constant channels",
     severity="warning",
-    why="A channel without variance is divided by sqrt(eps): it carries nothing, and noise is multiplied by 300.",
-    fix="Look for dead filters, zeroed inputs or a bias alone before the layer; prune the channels or initialise "
+    why="A channel without variance is divided by sqrt(eps): it carries nothing, and noise is multiplied "
+    "by 300.",
+    fix="Look for dead filters, zeroed inputs or a bias alone before the layer; prune the channels or "
+    "initialise "
     "them again.",
     needs_data=True,
 )
@@ -177,7 +181,8 @@ def dominated_by_eps(check: Check, subject: Subject) -> Iterator[Finding]:
         yield check.finding(
             name,
             f"{int(bad.sum())} of {len(bad)} channels have a variance below eps={eps:g} (median "
-            f"{float(seen.var[bad].median()):.1e}): they are normalised to a std of {float(std[bad].mean()):.2g}, "
+            f"{float(seen.var[bad].median()):.1e}): they are normalised to a std of "
+            f"{float(std[bad].mean()):.2g}, "
             f"not 1",
             severity=_by_share(share),
             effect=float(std[bad].mean()),

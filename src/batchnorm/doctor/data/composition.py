@@ -27,7 +27,8 @@ _BEYOND, _TIMES = 5.0, 2.0
     "predictions change with their batch mates",
     severity="error",
     why="In eval mode a sample's prediction must be its own; here it depends on what else is in the batch.",
-    fix="Keep running statistics (track_running_stats=True) and use them in eval mode; no reduction over the batch.",
+    fix="Keep running statistics (track_running_stats=True) and use them in eval mode; no reduction over "
+    "the batch.",
     needs_data=True,
 )
 def changes_with_mates(check: Check, subject: Subject) -> Iterator[Finding]:
@@ -56,7 +57,8 @@ def changes_with_mates(check: Check, subject: Subject) -> Iterator[Finding]:
     "BN217",
     "batches are not random samples",
     severity="warning",
-    why="Batches sorted by class or source have statistics of their own: training normalises by them, and running "
+    why="Batches sorted by class or source have statistics of their own: training normalises by them, and "
+    "running "
     "statistics follow the last ones.",
     fix="DataLoader(..., shuffle=True); shuffle before writing shards, and across sources.",
     needs_data=True,
@@ -86,9 +88,15 @@ def ordered_batches(check: Check, subject: Subject) -> Iterator[Finding]:
 
 
 def _finding(
-    check: Check, layer: str | None, what: str, severity: Severity, effect: float, chance: float, spread: float,
+    check: Check,
+    layer: str | None,
+    what: str,
+    severity: Severity,
+    effect: float,
+    chance: float,
+    spread: float,
     classes: float | None = None,
-) -> Finding:  # fmt: skip
+) -> Finding:
     text = (
         f"the {what} of batches differ {effect / chance:.3g} times as much as random batches' would "
         f"({(effect - chance) / spread:.0f} standard deviations of shuffled ones)"

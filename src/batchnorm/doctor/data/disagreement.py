@@ -27,7 +27,8 @@ def _processes(subject: Subject) -> Processes | None:
     "processes have different parameters",
     severity="error",
     why="Each process trains or evaluates another model, and gradients are averaged over models that differ.",
-    fix="Broadcast the state_dict of rank 0; the same seed before building the model; let DDP synchronise all.",
+    fix="Broadcast the state_dict of rank 0; the same seed before building the model; let DDP synchronise "
+    "all.",
     needs_data=True,
 )
 def parameters_differ(check: Check, subject: Subject) -> Iterator[Finding]:
@@ -50,7 +51,8 @@ def parameters_differ(check: Check, subject: Subject) -> Iterator[Finding]:
         change = (checksums[:, :, 0] - checksums[:1, :, 0]).abs() / checksums[:1, :, 0].abs().clamp_min(1e-12)
         yield check.finding(
             bad[0].rpartition(".")[0] or None,
-            f"{len(bad)} of {len(names)} parameters differ between {found.count} processes, from {bad[0]!r} on",
+            f"{len(bad)} of {len(names)} parameters differ between {found.count} processes, from "
+            f"{bad[0]!r} on",
             effect=float(change.max()),
             standard_error=0.0,
             noise_alone=0.0,
@@ -63,8 +65,10 @@ def parameters_differ(check: Check, subject: Subject) -> Iterator[Finding]:
     "BN302",
     "processes have different running statistics",
     severity="warning",
-    why="Each process evaluates another model; a checkpoint keeps those of one process, from its share of the data.",
-    fix="batchnorm.model.merge_running_statistics(model), sync=True, or bn.recalibrate(model, loader, group=...).",
+    why="Each process evaluates another model; a checkpoint keeps those of one process, from its share of "
+    "the data.",
+    fix="batchnorm.model.merge_running_statistics(model), sync=True, or bn.recalibrate(model, loader, "
+    "group=...).",
     needs_data=True,
 )
 def running_statistics_differ(check: Check, subject: Subject) -> Iterator[Finding]:
@@ -88,7 +92,8 @@ def running_statistics_differ(check: Check, subject: Subject) -> Iterator[Findin
         grave |= rms(ratio) > math.log(2)
         yield check.finding(
             name,
-            f"running means differ by {rms(spread):.2g} std between {found.count} processes (chance {chance:.2g}), "
+            f"running means differ by {rms(spread):.2g} std between {found.count} processes (chance "
+            f"{chance:.2g}), "
             f"variances by a factor {math.exp(rms(ratio)):.2g}",
             severity="warning" if grave else "note",
             effect=rms(spread),
@@ -102,7 +107,8 @@ def running_statistics_differ(check: Check, subject: Subject) -> Iterator[Findin
     "BN303",
     "processes have different data",
     severity="warning",
-    why="Without sync each process normalises by its own kind of data, and rank 0's statistics stand for all.",
+    why="Without sync each process normalises by its own kind of data, and rank 0's statistics stand for "
+    "all.",
     fix="DistributedSampler(shuffle=True) over all the data; sync=True.",
     needs_data=True,
 )
@@ -119,7 +125,8 @@ def data_differ(check: Check, subject: Subject) -> Iterator[Finding]:
     if shift > _SHIFT and shift > 3 * chance:
         yield check.finding(
             first,
-            f"the means of what the first batch norm is given differ by {shift:.2g} std between {found.count} "
+            f"the means of what the first batch norm is given differ by {shift:.2g} std between "
+            f"{found.count} "
             f"processes (chance {chance:.2g})",
             effect=shift,
             standard_error=chance,

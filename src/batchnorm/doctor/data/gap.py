@@ -11,7 +11,7 @@ from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.data.noise import mean_and_error
 from batchnorm.doctor.data.observe import Observed
 from batchnorm.doctor.data.watch import Pass
-from batchnorm.doctor.finding import Finding
+from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.subject import Subject
 
 # In standard deviations of what is compared: a third changes some predictions, one makes them others.
@@ -67,8 +67,10 @@ def scores_of(one: Pass) -> dict[str, float]:
     "BN201",
     "outputs differ between batch and running statistics",
     severity="warning",
-    why="What was trained normalises by the batch; what is evaluated and deployed normalises by running statistics.",
-    fix="Look at the layer where it starts; bn.recalibrate(model, training_loader) where the evidence says that it "
+    why="What was trained normalises by the batch; what is evaluated and deployed normalises by running "
+    "statistics.",
+    fix="Look at the layer where it starts; bn.recalibrate(model, training_loader) where the evidence says "
+    "that it "
     "closes the gap.",
     needs_data=True,
 )
@@ -90,12 +92,13 @@ def train_eval_gap(check: Check, subject: Subject) -> Iterator[Finding]:
     scores = {f"{name}_running": value for name, value in old.items()}
     scores |= {f"{name}_batch": value for name, value in new.items()}
     what = (
-        f"outputs change by {effect:.2g} of their std (± {error:.1g}) when running statistics take the place of the "
+        f"outputs change by {effect:.2g} of their std (± {error:.1g}) when running statistics take the "
+        f"place of the "
         f"batch's; {noise:.2g} once they are recalibrated"
     )
     if start is not None:
         what += f"; it starts at this layer, whose own output changes by {own:.2g} std"
-    severity = "error" if effect > 1 and effect > 3 * noise else "warning"
+    severity: Severity = "error" if effect > 1 and effect > 3 * noise else "warning"
     yield check.finding(
         start,
         what,

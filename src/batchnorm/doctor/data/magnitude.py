@@ -24,9 +24,11 @@ _PADDED_MEAN, _PADDED_LOG_RATIO = 0.1, math.log(1.25)
     "BN207",
     "means far above the standard deviation",
     severity="warning",
-    why="The variance is a small difference of large numbers: kernels that compute E[x²] - E[x]² lose its digits, "
+    why="The variance is a small difference of large numbers: kernels that compute E[x²] - E[x]² lose its "
+    "digits, "
     "and float16 or bfloat16 inputs have lost them already.",
-    fix="Centre the inputs before the layer (standardise the data, no large bias before it); keep it in float32.",
+    fix="Centre the inputs before the layer (standardise the data, no large bias before it); keep it in "
+    "float32.",
     needs_data=True,
 )
 def cancellation(check: Check, subject: Subject) -> Iterator[Finding]:
@@ -81,7 +83,8 @@ def padding(check: Check, subject: Subject) -> Iterator[Finding]:
         chance = rms((found.without.mean_noise / scale).sqrt())
         yield check.finding(
             name,
-            f"{found.share:.0%} of the positions are equal ones at the ends of samples (up to {found.longest} of "
+            f"{found.share:.0%} of the positions are equal ones at the ends of samples (up to "
+            f"{found.longest} of "
             f"{found.length}); they move the mean by {shift:.2g} std and the variance by a factor "
             f"{math.exp(ratio):.2g}",
             effect=shift,
@@ -98,7 +101,8 @@ def padding(check: Check, subject: Subject) -> Iterator[Finding]:
     "inf or NaN",
     severity="error",
     why="One of them in a batch makes the statistics NaN, and running statistics stay NaN for good.",
-    fix="Look at this layer's inputs and weights; skip_nonfinite=True keeps such batches out of running statistics.",
+    fix="Look at this layer's inputs and weights; skip_nonfinite=True keeps such batches out of running "
+    "statistics.",
     needs_data=True,
 )
 def not_finite(check: Check, subject: Subject) -> Iterator[Finding]:

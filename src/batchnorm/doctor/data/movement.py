@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -20,8 +21,10 @@ _OTHER_DATA_SHIFT = 0.3
     "BN210",
     "statistics move in evaluation",
     severity="error",
-    why="The model changes while it is evaluated: results depend on the order of the test data, which leak into it.",
-    fix="Call model.eval() before evaluating and do not switch it back inside; a hand-written layer must look at "
+    why="The model changes while it is evaluated: results depend on the order of the test data, which leak "
+    "into it.",
+    fix="Call model.eval() before evaluating and do not switch it back inside; a hand-written layer must "
+    "look at "
     "self.training.",
     needs_data=True,
 )
@@ -48,9 +51,11 @@ def moved_in_eval(check: Check, subject: Subject) -> Iterator[Finding]:
     "BN211",
     "statistics move in the backward pass",
     severity="warning",
-    why="A checkpointed forward runs again in the backward pass, and torch's layers count the batch twice: the "
+    why="A checkpointed forward runs again in the backward pass, and torch's layers count the batch twice: "
+    "the "
     "effective momentum is not the one that was set.",
-    fix="bn.convert(model): this package's layers move once. With torch's layers, momentum = 1 - sqrt(1 - momentum).",
+    fix="bn.convert(model): this package's layers move once. With torch's layers, momentum = 1 - sqrt(1 - "
+    "momentum).",
     needs_data=True,
 )
 def moved_in_backward(check: Check, subject: Subject) -> Iterator[Finding]:
@@ -73,7 +78,8 @@ def moved_in_backward(check: Check, subject: Subject) -> Iterator[Finding]:
     "BN212",
     "statistics move several times per step",
     severity="warning",
-    why="A second forward counts a batch twice, or mixes the statistics of two kinds of data (real and generated, "
+    why="A second forward counts a batch twice, or mixes the statistics of two kinds of data (real and "
+    "generated, "
     "clean and perturbed) that are each normalised by their own in training.",
     fix="Run the second forward under bn.hold(model); give each kind of data its own batch norms.",
     needs_data=True,
@@ -97,7 +103,8 @@ def moved_again(check: Check, subject: Subject) -> Iterator[Finding]:
         name, moves, (shift, chance, _), kind = grave[0]
         yield check.finding(
             name,
-            f"statistics move {moves} times per step {kind}, here and in {len(grave) - 1} layers after it: the "
+            f"statistics move {moves} times per step {kind}, here and in {len(grave) - 1} layers after it: "
+            f"the "
             f"means of two forwards differ by {shift:.2g} std (chance {chance:.2g})",
             effect=shift,
             standard_error=chance,
@@ -108,7 +115,7 @@ def moved_again(check: Check, subject: Subject) -> Iterator[Finding]:
 
 
 def _compare_calls(calls: list[BatchStatistics], batch_of: list[int]) -> tuple[float, float, float] | None:
-    """Means of the first two calls of each batch: their difference in std, by chance, and squared by chance."""
+    """How the means of a batch's first two calls differ: in std, by chance, and the squared ratio of both."""
     shifts, chances = [], []
     for number in sorted(set(batch_of)):
         first, *rest = [call for call, of in zip(calls, batch_of, strict=True) if of == number]
@@ -171,4 +178,4 @@ def memory_grows(check: Check, subject: Subject) -> Iterator[Finding]:
 
 
 def _grows(values: list[int]) -> bool:
-    return len(values) > 2 and all(after > before for before, after in zip(values, values[1:], strict=False))
+    return len(values) > 2 and all(after > before for before, after in itertools.pairwise(values))

@@ -91,8 +91,8 @@ def _take_masked(x: Tensor, mask: Tensor) -> BatchStatistics:
 
 
 def _on_cpu(images: int, values: float, *tensors: Tensor) -> BatchStatistics:
-    *per_channel, pooled = (tensor.cpu() for tensor in tensors)
-    return BatchStatistics(images, values, *per_channel, pooled.float())
+    mean, var, mean_noise, var_noise, pooled = (tensor.cpu() for tensor in tensors)
+    return BatchStatistics(images, values, mean, var, mean_noise, var_noise, pooled.float())
 
 
 @dataclass(frozen=True, eq=False)

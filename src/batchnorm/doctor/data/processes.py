@@ -1,4 +1,4 @@
-"""What the processes of the default group have: checksums of parameters, running statistics, moments of data."""
+"""What the processes of the default group have: checksums of parameters, buffers, moments of data."""
 
 from __future__ import annotations
 

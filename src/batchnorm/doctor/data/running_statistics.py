@@ -1,4 +1,4 @@
-"""BN202, BN215: running statistics against those of the population, and data that differ from the training's."""
+"""BN202, BN215: running against population statistics, and data that are not the training's."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ LOG_RATIO, ONE_LOG_RATIO = math.log(2), math.log(6)
 class Mismatch:
     """How far a layer's running statistics are from the population's, and how far chance would take them.
 
-    Root mean squares over the channels: `mean_shift` in standard deviations of the population, `log_ratio` the
-    logarithm of running by population variance (eps added to both); `..._by_chance` what the noise of a
-    finite population and of the exponential average gives. `worst` is the channel that is furthest in units of
-    its noise, with its shift and ratio.
+    Root mean squares over the channels: `mean_shift` in standard deviations of the population, `log_ratio`
+    the logarithm of running by population variance (eps added to both); `..._by_chance` what the noise of a
+    finite population and of the exponential average gives. `worst` is the channel that is furthest, with its
+    shift and ratio.
     """
 
     mean_shift: float
@@ -108,7 +108,8 @@ def _domain(subject: Subject, found: dict[str, Mismatch]) -> str | None:
     "running statistics are not the population's",
     severity="warning",
     why="Eval mode normalises by them, so the model that is evaluated is not the one that was trained.",
-    fix="bn.recalibrate(model, training_loader); if it comes back, train longer after the last large step, or "
+    fix="bn.recalibrate(model, training_loader); if it comes back, train longer after the last large step, "
+    "or "
     "lower momentum.",
     needs_data=True,
 )
@@ -125,7 +126,8 @@ def running_against_population(check: Check, subject: Subject) -> Iterator[Findi
         if not one.grave and max(one.mean_shift, one.log_ratio) < 0.1:
             continue
         what = (
-            f"running statistics are off by {one.mean_shift:.2g} std in the mean (chance {one.mean_by_chance:.2g})"
+            f"running statistics are off by {one.mean_shift:.2g} std in the mean (chance "
+            f"{one.mean_by_chance:.2g})"
             f" and a factor {math.exp(one.log_ratio):.2g} in the variance (chance "
             f"{math.exp(one.log_by_chance):.2g}); channel {one.worst}: {one.worst_shift:+.2g} std, factor "
             f"{one.worst_ratio:.2g}"
@@ -138,8 +140,10 @@ def running_against_population(check: Check, subject: Subject) -> Iterator[Findi
     "the data differ from what the running statistics were taken from",
     severity="warning",
     why="Test data with other statistics (contrast, sensor, preprocessing) are normalised by the wrong ones.",
-    fix="Check the preprocessing against that of training. If the shift is real, adapt: bn.recalibrate(model, "
-    "loader_of_the_new_data). If these are the training data, the running statistics are stale: the same call.",
+    fix="Check the preprocessing against that of training. If the shift is real, adapt: "
+    "bn.recalibrate(model, "
+    "loader_of_the_new_data). If these are the training data, the running statistics are stale: the same "
+    "call.",
     needs_data=True,
 )
 def domain_shift(check: Check, subject: Subject) -> Iterator[Finding]:
@@ -158,7 +162,8 @@ def domain_shift(check: Check, subject: Subject) -> Iterator[Finding]:
         if f"{name}_recalibrated" in evidence
     ]
     what = (
-        f"from the first batch norm on the data differ from the training statistics: {one.mean_shift:.2g} std in "
+        f"from the first batch norm on the data differ from the training statistics: {one.mean_shift:.2g} "
+        f"std in "
         f"the mean (chance {one.mean_by_chance:.2g}), a factor {math.exp(one.log_ratio):.2g} in the variance"
     )
     if gains:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from batchnorm.doctor.data.layers import Layer
@@ -87,8 +88,8 @@ def graph_nodes(tensors: Iterable[Tensor]) -> int:
 
 
 def may_run_backward(model: nn.Module) -> bool:
-    """Whether a backward pass has no other effect than gradients: no DDP, no optimizer in it."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    """Whether a backward pass has no other effect than gradients: no DDP's communication, no optimizer."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return False
     return not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters())
 
