@@ -82,13 +82,14 @@ def examine(subject: Subject, progress: bool = False) -> Report:
     from batchnorm.doctor import data, static  # noqa: F401  registers the checks
     from batchnorm.doctor.check import CHECKS
 
+    with_data = bool(subject.batches and (subject.batch_norms or subject.handwritten))
+    checks = [check for check in CHECKS.values() if with_data or not check.needs_data]
     findings: list[Finding] = []
-    with _bar(progress) as on_steps:
-        if subject.batches and subject.batch_norms:
+    with _bar(progress, len(checks) + (data.total_steps(subject) if with_data else 0)) as on_steps:
+        if with_data:
             findings += _observe(subject, on_steps)
-        for check in CHECKS.values():
-            if subject.observed is not None or not check.needs_data:
-                findings += check.find(subject)
+        for check in checks:
+            findings += check.find(subject)
             on_steps(1)
     return Report.of(subject, findings)
 
@@ -104,9 +105,9 @@ def _observe(subject: Subject, on_steps: Callable[[int], None]) -> list[Finding]
 
 
 @contextmanager
-def _bar(progress: bool) -> Iterator[Callable[[int], Any]]:
+def _bar(progress: bool, steps: int) -> Iterator[Callable[[int], Any]]:
     if not progress:
         yield lambda done: None
         return
-    with tqdm_bar("diagnose")(desc="diagnose", unit="step") as bar:
+    with tqdm_bar("diagnose")(desc="diagnose", unit="step", total=steps) as bar:
         yield bar.update

@@ -49,8 +49,10 @@ _SOFTMAX_FUNCTIONS = {F.softmax, F.log_softmax, torch.softmax, torch.log_softmax
 def bias(check: Check, subject: Subject) -> Iterator[Finding]:
     for call in _batch_norm_calls(subject):
         before = _only_input(call)
-        if before is None or before.layer is None or len(before.users) != 1 or is_frozen(call.module):
+        if before is None or before.layer is None or len(before.users) != 1:
             continue
+        if call.module is None or is_frozen(call.module):
+            continue  # a frozen layer does not subtract it again
         bias = getattr(before.module, "bias", None)
         if _is_linear(before) and isinstance(bias, Tensor) and bool((bias != 0).any()):
             yield check.finding(
