@@ -6,10 +6,10 @@ import sys
 
 import typer
 
-from batchnorm.cli import bench, models, train
+from batchnorm.cli import bench, doctor, models, train
 from batchnorm.cli.app import Interrupted, app
 
-__all__ = ["bench", "models", "run", "train"]
+__all__ = ["bench", "doctor", "models", "run", "train"]
 
 INTERRUPTED = 130
 

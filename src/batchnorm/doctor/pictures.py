@@ -88,7 +88,7 @@ def plots(picture: LayerPicture) -> Iterator[Plot]:
         means = [m / d for m, d in zip(_floats(picture.population_mean), deviation, strict=True)]
         running = [m / d for m, d in zip(running_mean, deviation, strict=True)]
         yield _scatter("means, in the data's standard deviations", means, running, lambda v: v, _label)
-        yield _scatter("variances, powers of ten", population_var, running_var, _log10, _power)
+        yield _scatter("variances, on log scales", population_var, running_var, _log10, _power)
     yield _histogram(running_var, population_var)
 
 

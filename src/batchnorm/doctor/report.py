@@ -93,11 +93,15 @@ class Report:
     @property
     def headline(self) -> str:
         """The model, what was looked at, and how much was found, in a line or two."""
-        data = f"{self.batches} batch{'es' * (self.batches != 1)} of data" if self.batches else "no data"
         if not self.batch_norms:
             return f"{self.model} has no batch norm: nothing to diagnose"
-        norms = f"{self.batch_norms} batch norm{'s' * (self.batch_norms != 1)}"
-        return f"{self.model}: {norms}, {data}: {self.count}"
+        return f"{self.model}: {self.looked_at}: {self.count}"
+
+    @property
+    def looked_at(self) -> str:
+        """How many batch norms and batches, in words."""
+        data = f"{self.batches} batch{'es' * (self.batches != 1)} of data" if self.batches else "no data"
+        return f"{self.batch_norms} batch norm{'s' * (self.batch_norms != 1)}, {data}"
 
     @property
     def count(self) -> str:
