@@ -23,7 +23,6 @@ from batchnorm.doctor.data import observe
 from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.subject import Subject
 from batchnorm.lab.data import Dataset, load
-from batchnorm.lab.handwritten import HandwrittenBatchNorm
 from batchnorm.lab.nets import LeNet
 from tests.model.zoo import CLASSES, ZOO
 

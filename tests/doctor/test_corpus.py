@@ -13,7 +13,9 @@ def diagnosed(make: Make) -> Report:
     return bn.diagnose(model, batches or None, **options)
 
 
-@pytest.mark.parametrize(("make", "code", "layer"), [case[1:] for case in SICK], ids=[case[0] for case in SICK])
+@pytest.mark.parametrize(
+    ("make", "code", "layer"), [case[1:] for case in SICK], ids=[case[0] for case in SICK]
+)
 def test_the_fault_is_found(make: Make, code: str, layer: str | None) -> None:
     found = [f for f in diagnosed(make).findings if f.code == code and f.layer == layer]
     assert len(found) == 1

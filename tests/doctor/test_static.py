@@ -154,7 +154,9 @@ def test_a_layer_of_a_shared_branch_is_a_note_and_of_two_places_a_warning() -> N
     (siamese,) = found(build("siamese")[0], "BN118")
     assert siamese.evidence["calls"] == 4
     norm = nn.BatchNorm1d(4)
-    assert found(nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 4), norm), "BN118")[0].severity == "warning"
+    assert (
+        found(nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 4), norm), "BN118")[0].severity == "warning"
+    )
     branch = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     assert found(nn.Sequential(branch, branch), "BN118")[0].severity == "note"
 
@@ -184,7 +186,10 @@ def test_an_evaluation_is_stopped_after_a_forward() -> None:
 
 def test_hand_written_layers_are_known_by_what_they_do() -> None:
     layers = nn.ModuleDict(
-        {"conv": HandwrittenBatchNorm(5, after_convolution=True), "fc": HandwrittenBatchNorm(7, after_convolution=False)}
+        {
+            "conv": HandwrittenBatchNorm(5, after_convolution=True),
+            "fc": HandwrittenBatchNorm(7, after_convolution=False),
+        }
     )
     seen = handwritten(layers)
     assert list(seen) == ["conv", "fc"]
