@@ -256,7 +256,7 @@ class _Observer:
         return value if isinstance(value, Tensor) else None
 
 
-def _train_alone(module: nn.Module) -> None:
+def _train_alone(module: Any) -> None:
     if getattr(module, "sync", False):
         module.sync = False
 
