@@ -49,6 +49,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("far statistics", [("BN302", "1", "warning")]),
         ("other data", [("BN303", "1", "warning")]),
         ("other weights", [("BN301", "3", "error")]),
+        ("after", [("BN301", "3", "error")]),
         ("other model", [("BN301", None, "error")]),
     ],
 )
@@ -58,3 +59,9 @@ def test_what_differs_is_found_by_every_process(situation: str, wanted: list[Any
         if situation == "far statistics":
             got = got[:1]  # what comes after the layer is moved as well
         assert got == wanted
+
+
+def test_a_process_that_is_alone_says_so_and_disturbs_no_other(found: Any) -> None:
+    (finding,) = found[0]["alone"]
+    assert (finding["code"], finding["severity"]) == ("BN301", "note")
+    assert "not all of them called diagnose" in finding["what"]
