@@ -4,9 +4,9 @@ Run from the repository root:
 
     python -m benchmarks.doctor
 
-Every sick model has one planted fault: it is found when there is a finding with its code in its layer, whatever the
-severity. A finding above a note in a healthy model is wrong. Elsewhere counts other sick models in which the code
-was reported too, above a note: many faults show in more than one way.
+Every sick model has one planted fault: it is found when there is a finding with its code in its layer,
+whatever the severity. A finding above a note in a healthy model is wrong. Elsewhere counts other sick models
+in which the code was reported too, above a note: many faults show in more than one way.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def main() -> int:
     for code in sorted(CHECKS):
         missed = planted[code] - found[code]
         print(
-            f"{code:<6} {planted[code]:>7} {found[code]:>5} {missed:>6} {wrong[code]:>5} {elsewhere[code]:>9}  "
-            f"{CHECKS[code].title}"
+            f"{code:<6} {planted[code]:>7} {found[code]:>5} {missed:>6} {wrong[code]:>5} "
+            f"{elsewhere[code]:>9}  {CHECKS[code].title}"
         )
     print(
         f"{len(sick)} sick models: {found.total()} found, {len(sick) - found.total()} missed; {len(healthy)} "

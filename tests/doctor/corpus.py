@@ -1,8 +1,8 @@
 """Sick and healthy models for the checks that need no data: one planted fault each, on real architectures.
 
-In the form of `corpus_data`: `SICK` is (name, make, code, layer), `HEALTHY` is (name, make), and `make()` gives the
-model, its batches (none here) and what else `diagnose` takes. Models are trained on the digits or have the
-statistics of `zoo.build`.
+In the form of `corpus_data`: `SICK` is (name, make, code, layer), `HEALTHY` is (name, make), and `make()`
+gives the model, its batches (none here) and what else `diagnose` takes. Models are trained on the digits or
+have the statistics of `zoo.build`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import batchnorm as bn
 from batchnorm.lab.handwritten import HandwrittenBatchNorm
 from batchnorm.lab.nets import LeNet
-from tests.doctor.corpus_data import Case, Make, new, trained
+from tests.doctor.data.digits import Case, Make, new, trained
 from tests.model.zoo import build
 
 Change = Callable[[nn.Module], Any]
@@ -176,56 +176,135 @@ SICK: list[tuple[str, Make, str, str | None]] = [
     ("bias before batch norm, temporal", changed("temporal conv net"), "BN101", "0.conv1"),
     ("strong weight decay", changed("resnet basic", sgd(lr=0.1, weight_decay=0.01)), "BN102", "layer1.0.bn1"),
     ("dropout before batch norm", trained_and_changed("wide resnet"), "BN103", "layer1.bn2"),
-    ("dropout in a sequential", changed("lenet", replaced("9", nn.Sequential(nn.Linear(32, 12), nn.Dropout(0.5)))),
-     "BN103", "10"),
+    (
+        "dropout in a sequential",
+        changed("lenet", replaced("9", nn.Sequential(nn.Linear(32, 12), nn.Dropout(0.5)))),
+        "BN103",
+        "10",
+    ),
     ("batch norm on the logits", logits, "BN104", "out.1"),
     ("batch norm after pooling, batch of 1", pooled, "BN105", "3.bn"),
-    ("momentum 0.9", trained_and_changed("resnet basic", at("layer1.0.bn1", attributes(momentum=0.9))),
-     "BN106", "layer1.0.bn1"),
-    ("momentum 0.99, densenet", changed("densenet", at("features.4", attributes(momentum=0.99))),
-     "BN106", "features.4"),
-    ("momentum 0.001", changed("mobilenet v2", at("features.0.1", attributes(momentum=0.001))),
-     "BN106", "features.0.1"),
-    ("eps 1", trained_and_changed("resnet bottleneck", at("layer2.0.bn1", attributes(eps=1.0))),
-     "BN107", "layer2.0.bn1"),
+    (
+        "momentum 0.9",
+        trained_and_changed("resnet basic", at("layer1.0.bn1", attributes(momentum=0.9))),
+        "BN106",
+        "layer1.0.bn1",
+    ),
+    (
+        "momentum 0.99, densenet",
+        changed("densenet", at("features.4", attributes(momentum=0.99))),
+        "BN106",
+        "features.4",
+    ),
+    (
+        "momentum 0.001",
+        changed("mobilenet v2", at("features.0.1", attributes(momentum=0.001))),
+        "BN106",
+        "features.0.1",
+    ),
+    (
+        "eps 1",
+        trained_and_changed("resnet bottleneck", at("layer2.0.bn1", attributes(eps=1.0))),
+        "BN107",
+        "layer2.0.bn1",
+    ),
     ("eps 0", changed("u-net", at("norm", attributes(eps=0.0))), "BN107", "norm"),
     ("eps 1e-12", changed("googlenet", at("1.branch1.bn", attributes(eps=1e-12))), "BN107", "1.branch1.bn"),
-    ("never updated", trained_and_changed("resnet basic", at("layer2.1.bn1", lambda m: m.reset_running_stats())),
-     "BN108", "layer2.1.bn1"),
-    ("never updated, 3d", changed("conv 3d", at("2.bn1", lambda m: m.reset_running_stats())), "BN108", "2.bn1"),
-    ("NaN in the running mean", trained_and_changed("vgg", at("features.5", filled("running_mean", torch.nan, 2))),
-     "BN109", "features.5"),
-    ("inf in the running variance", changed("regnet", at("0.1", filled("running_var", torch.inf, 0))),
-     "BN109", "0.1"),
-    ("negative running variance", changed("shufflenet", at("0.1", filled("running_var", -0.1, 3))), "BN109", "0.1"),
+    (
+        "never updated",
+        trained_and_changed("resnet basic", at("layer2.1.bn1", lambda m: m.reset_running_stats())),
+        "BN108",
+        "layer2.1.bn1",
+    ),
+    (
+        "never updated, 3d",
+        changed("conv 3d", at("2.bn1", lambda m: m.reset_running_stats())),
+        "BN108",
+        "2.bn1",
+    ),
+    (
+        "NaN in the running mean",
+        trained_and_changed("vgg", at("features.5", filled("running_mean", torch.nan, 2))),
+        "BN109",
+        "features.5",
+    ),
+    (
+        "inf in the running variance",
+        changed("regnet", at("0.1", filled("running_var", torch.inf, 0))),
+        "BN109",
+        "0.1",
+    ),
+    (
+        "negative running variance",
+        changed("shufflenet", at("0.1", filled("running_var", -0.1, 3))),
+        "BN109",
+        "0.1",
+    ),
     ("zero running variance", changed("conv 1d", at("4", filled("running_var", 0.0, 1))), "BN109", "4"),
-    ("a dead layer", trained_and_changed("resnet bottleneck", at("layer1.0.bn3", filled("weight", 1e-7))),
-     "BN110", "layer1.0.bn3"),
+    (
+        "a dead layer",
+        trained_and_changed("resnet bottleneck", at("layer1.0.bn3", filled("weight", 1e-7))),
+        "BN110",
+        "layer1.0.bn3",
+    ),
     ("most channels dead", changed("mobilenet v3", at("features.4.1", half_alive)), "BN110", "features.4.1"),
-    ("training mode in an eval model", trained_and_changed("resnet basic", in_eval_but_one),
-     "BN111", "layer2.0.bn2"),
-    ("fixed weights, moving statistics", trained_and_changed("resnet basic", at("layer1.1.bn2", frozen_weights)),
-     "BN112", "layer1.1.bn2"),
-    ("eval mode in a training model", changed("efficientnet", at("features.0.1", lambda m: m.eval())),
-     "BN112", "features.0.1"),
+    (
+        "training mode in an eval model",
+        trained_and_changed("resnet basic", in_eval_but_one),
+        "BN111",
+        "layer2.0.bn2",
+    ),
+    (
+        "fixed weights, moving statistics",
+        trained_and_changed("resnet basic", at("layer1.1.bn2", frozen_weights)),
+        "BN112",
+        "layer1.1.bn2",
+    ),
+    (
+        "eval mode in a training model",
+        changed("efficientnet", at("features.0.1", lambda m: m.eval())),
+        "BN112",
+        "features.0.1",
+    ),
     ("half precision", changed("resnext", at("bn1", lambda m: m.half())), "BN113", "bn1"),
     ("bfloat16", trained_and_changed("vgg", at("features.1", lambda m: m.bfloat16())), "BN113", "features.1"),
-    ("NaN in gamma", changed("squeezenet", at("1.squeeze_bn", filled("weight", torch.nan, 1))),
-     "BN115", "1.squeeze_bn"),
+    (
+        "NaN in gamma",
+        changed("squeezenet", at("1.squeeze_bn", filled("weight", torch.nan, 1))),
+        "BN115",
+        "1.squeeze_bn",
+    ),
     ("beta of one", untrained("resnet basic", at("bn1", filled("bias", 1.0))), "BN116", "bn1"),
     ("the tutorial tests in training mode", tutorial, "BN117", "conv.1"),
     ("the tutorial's state_dict", tutorial, "BN120", "conv.1"),
     ("the tutorial's graph", tutorial, "BN121", "fc.1"),
     ("the tutorial's beta", tutorial, "BN116", "conv.5"),
     ("the tutorial's momentum", tutorial, "BN106", "fc.4"),
-    ("one batch norm in two places", trained_and_changed("resnet basic", one_of_them), "BN118", "layer1.0.bn1"),
-    ("buffers that keep the graph", changed("u-net", replaced("norm", SelfMadeWithBuffers(4, persistent=True,
-     detached=False))), "BN121", "norm"),
-    ("buffers that are not saved", changed("u-net", replaced("norm", SelfMadeWithBuffers(4, persistent=False,
-     detached=True))), "BN120", "norm"),
-    ("the tutorial's layer in a resnet", changed("resnet basic", replaced("bn1", HandwrittenBatchNorm(8,
-     after_convolution=True))), "BN120", "bn1"),
-]  # fmt: skip
+    (
+        "one batch norm in two places",
+        trained_and_changed("resnet basic", one_of_them),
+        "BN118",
+        "layer1.0.bn1",
+    ),
+    (
+        "buffers that keep the graph",
+        changed("u-net", replaced("norm", SelfMadeWithBuffers(4, persistent=True, detached=False))),
+        "BN121",
+        "norm",
+    ),
+    (
+        "buffers that are not saved",
+        changed("u-net", replaced("norm", SelfMadeWithBuffers(4, persistent=False, detached=True))),
+        "BN120",
+        "norm",
+    ),
+    (
+        "the tutorial's layer in a resnet",
+        changed("resnet basic", replaced("bn1", HandwrittenBatchNorm(8, after_convolution=True))),
+        "BN120",
+        "bn1",
+    ),
+]
 
 
 # Healthy models: nothing above a note.
@@ -276,17 +355,50 @@ def self_made(model: nn.Module) -> None:
 
 
 HEALTHY: list[tuple[str, Make]] = [
-    *[(f"new {name}", untrained(name)) for name in ("vgg", "resnet basic", "mobilenet v2", "densenet", "lenet",
-      "efficientnet", "conv 3d", "autoencoder")],
-    *[(f"with statistics, {name}", changed(name)) for name in ("resnext", "mobilenet v1", "mobilenet v3", "u-net",
-      "dcgan generator", "recurrent", "attention", "googlenet", "shufflenet", "regnet", "synchronised", "lazy",
-      "untraceable", "shared conv")],
-    *[(f"trained {name}", trained_and_changed(name)) for name in ("vgg", "resnet basic", "resnet bottleneck")],
+    *[
+        (f"new {name}", untrained(name))
+        for name in (
+            "vgg",
+            "resnet basic",
+            "mobilenet v2",
+            "densenet",
+            "lenet",
+            "efficientnet",
+            "conv 3d",
+            "autoencoder",
+        )
+    ],
+    *[
+        (f"with statistics, {name}", changed(name))
+        for name in (
+            "resnext",
+            "mobilenet v1",
+            "mobilenet v3",
+            "u-net",
+            "dcgan generator",
+            "recurrent",
+            "attention",
+            "googlenet",
+            "shufflenet",
+            "regnet",
+            "synchronised",
+            "lazy",
+            "untraceable",
+            "shared conv",
+        )
+    ],
+    *[
+        (f"trained {name}", trained_and_changed(name))
+        for name in ("vgg", "resnet basic", "resnet bottleneck")
+    ],
     ("as Keras", changed("efficientnet", as_keras)),
     ("gamma of 0, new", untrained("resnet basic", zero_gamma)),
     ("DCGAN's start", untrained("dcgan discriminator", dcgan)),
     ("frozen", trained_and_changed("resnet basic", lambda model: bn.freeze(model) and None)),
-    ("frozen with its weights", trained_and_changed("resnet basic", lambda m: bn.freeze(m, affine=True) and None)),
+    (
+        "frozen with its weights",
+        trained_and_changed("resnet basic", lambda m: bn.freeze(m, affine=True) and None),
+    ),
     ("frozen weights alone", changed("vgg", lambda m: bn.freeze(m, statistics=False, affine=True) and None)),
     ("first stage frozen", trained_and_changed("resnet basic", frozen_as_by_detectors)),
     ("converted", trained_and_changed("resnet basic", lambda model: bn.convert(model) and None)),
@@ -296,4 +408,4 @@ HEALTHY: list[tuple[str, Make]] = [
     ("AdamW, no decay of batch norms", changed("mobilenet v2", adam_without_decay)),
     ("an evaluation in eval mode", trained_and_changed("resnet basic", own_evaluation)),
     ("hand-written and right", changed("u-net", self_made)),
-]  # fmt: skip
+]

@@ -5,7 +5,7 @@ import pytest
 import batchnorm as bn
 from batchnorm.doctor.report import Report
 from tests.doctor.corpus import HEALTHY, SICK
-from tests.doctor.corpus_data import Make
+from tests.doctor.data.digits import Make
 
 
 def diagnosed(make: Make) -> Report:

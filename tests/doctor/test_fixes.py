@@ -175,7 +175,7 @@ def test_what_was_not_found_or_has_no_safe_fix() -> None:
         report.fix("BN101")
     with pytest.raises(ValueError, match="no finding BN103 in layer 'bn'"):
         report.fix("BN103", "bn")
-    with pytest.raises(ValueError, match="BN103 has no fix that is safe to apply by itself. By hand: Put"):
+    with pytest.raises(ValueError, match=r"BN103 has no fix that is safe to apply by itself\. By hand: Put"):
         report.fix("BN103")
 
 

@@ -56,7 +56,7 @@ def too_few_values(check: Check, subject: Subject) -> Iterator[Finding]:
             f"independent ones: its mean is off by {noise:.0%} of a standard deviation"
         )
         if smallest.values <= 2:
-            what += "; two values are normalised to -1 and 1 whatever they are, one to 0"
+            what += "; two values are normalised to -1 and 1 whatever they are"
         yield check.finding(
             name,
             what,
@@ -134,14 +134,14 @@ def dead_channels(check: Check, subject: Subject) -> Iterator[Finding]:
     observed: Observed | None = subject.observed
     if observed is None:
         return
-    for name in observed.by_running.statistics:
-        if name not in observed.rectified or name not in observed.largest or name in observed.never_moved:
+    for name in observed.by_batch.statistics:
+        if name not in observed.rectified or name not in observed.largest:
             continue
         # A constant channel is the finding of BN204.
         dead = (observed.largest[name] <= 0) & ~constant(observed.populations[name])
         if not bool(dead.any()):
             continue
-        images = sum(call.images for call in observed.by_running.statistics[name])
+        images = sum(call.images for call in observed.by_batch.statistics[name])
         share = float(dead.double().mean())
         grave = share >= _SHARE_DEAD and images >= _IMAGES_FOR_DEAD
         yield check.finding(

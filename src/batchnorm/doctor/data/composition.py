@@ -18,8 +18,9 @@ from batchnorm.doctor.subject import Subject
 
 _CHANGE = 1e-3
 _SHUFFLES = 200
-# Standard deviations of the shuffled values; and how many times the variance that chance gives.
-_BEYOND, _TIMES = 5.0, 2.0
+# Standard deviations of the shuffled values, whose distribution has a long tail and which every layer is
+# compared with; and how many times the variance that chance gives.
+_BEYOND, _TIMES = 8.0, 3.0
 
 
 @check(
@@ -77,76 +78,80 @@ def ordered_batches(check: Check, subject: Subject) -> Iterator[Finding]:
         ]
         found = _between(groups)
         if found is not None and _is_beyond(*found):
-            yield _finding(check, None, "classes", severity, *found, classes=_per_batch(known))
+            yield _finding(check, "classes", severity, *found, classes=_per_batch(known))
             return
-    first = next(iter(observed.by_batch.statistics), None)
-    if first is None:
-        return
-    found = _between([_standardized(call) for call in observed.by_batch.statistics[first]])
-    if found is not None and _is_beyond(*found):
-        yield _finding(check, first, "images", severity, *found)
+    # In eval mode a sample is not changed by its batch, so the samples of every layer can be shuffled.
+    worst = None
+    for name, calls in observed.by_running.statistics.items():
+        found = _between(_first_calls(calls, observed.by_running.batch_of[name]))
+        if found is not None and _is_beyond(*found) and (worst is None or found[0] / found[1] > worst[1]):
+            worst = name, found[0] / found[1], found
+    if worst is not None:
+        yield _finding(check, f"images at {worst[0]!r}", severity, *worst[2], seen_at=worst[0])
 
 
 def _finding(
     check: Check,
-    layer: str | None,
     what: str,
     severity: Severity,
     effect: float,
     chance: float,
     spread: float,
+    *,
     classes: float | None = None,
+    seen_at: str | None = None,
 ) -> Finding:
     text = (
-        f"the {what} of batches differ {effect / chance:.3g} times as much as random batches' would "
+        f"the {what} differ between batches {effect / chance:.3g} times as much as between random ones "
         f"({(effect - chance) / spread:.0f} standard deviations of shuffled ones)"
     )
     if classes is not None:
         text += f"; a batch has {classes:.1f} classes on average"
     return check.finding(
-        layer,
+        None,
         text,
         severity=severity,
-        effect=effect,
-        noise_alone=chance,
-        standard_error=spread,
+        effect=effect / chance,
+        noise_alone=1.0,
+        standard_error=spread / chance,
         classes=classes,
+        seen_at=seen_at,
     )
+
+
+def _first_calls(calls: list[BatchStatistics], batch_of: list[int]) -> list[Tensor]:
+    """What each batch gave in its first call, in units that the channels share."""
+    first: dict[int, BatchStatistics] = {}
+    for call, batch in zip(calls, batch_of, strict=True):
+        first.setdefault(batch, call)
+    scale = torch.stack([call.var for call in first.values()]).mean(0).clamp_min(1e-12).sqrt()
+    return [call.pooled.double() / scale for call in first.values()]
 
 
 def _between(batches: list[Tensor]) -> tuple[float, float, float] | None:
     """The variance of batches' means, and its mean and standard deviation when the samples are shuffled.
 
-    A permutation test: whatever the correlations of channels are, the shuffled batches have them too.
+    A permutation test: whatever the correlations of channels are, the shuffled batches have them too. With
+    the samples' products K, the squared length of a batch's mean is the mean of its block of K.
     """
-    sizes = [len(batch) for batch in batches]
-    if len(sizes) < 2 or min(sizes) < 2 or sum(sizes) < 8:
+    sizes = torch.tensor([len(batch) for batch in batches])
+    if len(sizes) < 2 or int(sizes.min()) < 2 or int(sizes.sum()) < 8:
         return None
-    samples = torch.cat(batches).double()
+    samples = torch.cat(batches)
+    samples = samples - samples.mean(0)
     samples = samples[:, torch.isfinite(samples).all(0)]
-    if samples.shape[1] == 0:
-        return None
+    products = samples @ samples.T
     generator = torch.Generator().manual_seed(0)
-    batch_of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    weights = nn.functional.one_hot(batch_of).T.double() / torch.tensor(sizes)[:, None]
-
-    def spread(order: Tensor) -> float:
-        means = weights @ samples[order]
-        return float((means - samples.mean(0)).square().sum(1).mean())
-
-    effect = spread(torch.arange(len(samples)))
-    shuffled = torch.tensor(
-        [spread(torch.randperm(len(samples), generator=generator)) for _ in range(_SHUFFLES)]
-    ).double()
-    return effect, float(shuffled.mean()), float(shuffled.std())
+    means = nn.functional.one_hot(torch.repeat_interleave(torch.arange(len(sizes)), sizes)).T / sizes[:, None]
+    orders = [torch.arange(len(samples))]
+    orders += [torch.randperm(len(samples), generator=generator) for _ in range(_SHUFFLES)]
+    weights = torch.cat([means[:, order] for order in orders]).double()
+    spreads = ((weights @ products) * weights).sum(1).view(len(orders), -1).mean(1)
+    return float(spreads[0]), float(spreads[1:].mean()), float(spreads[1:].std())
 
 
 def _is_beyond(effect: float, chance: float, spread: float) -> bool:
-    return spread > 0 and effect - chance > _BEYOND * spread and effect > _TIMES * chance
-
-
-def _standardized(call: BatchStatistics) -> Tensor:
-    return call.pooled.double() / call.var.clamp_min(1e-12).sqrt().median().clamp_min(1e-12)
+    return chance > 0 and spread > 0 and effect - chance > _BEYOND * spread and effect > _TIMES * chance
 
 
 def _classes(known: list[Tensor]) -> int:

@@ -47,8 +47,8 @@ def cancellation(check: Check, subject: Subject) -> Iterator[Finding]:
         share = float((ratios > _NO_DIGITS).double().mean())
         yield check.finding(
             name,
-            f"|mean|/std is {ratio:.2g} in channel {channel}: a one-pass variance in float32 is wrong by "
-            f"{min(_EPSILON * ratio**2, 9.99):.0%}, bfloat16 inputs are rounded to {2**-8 * ratio:.2g} std",
+            f"|mean|/std is {ratio:.2g} in channel {channel}: a one-pass variance in float32 "
+            f"{_lost(ratio)}, bfloat16 inputs are rounded to {2**-8 * ratio:.2g} std",
             severity="warning" if ratio > _NO_DIGITS else "note",
             effect=ratio,
             standard_error=error,
@@ -56,6 +56,11 @@ def cancellation(check: Check, subject: Subject) -> Iterator[Finding]:
             channel=channel,
             share_of_channels=share,
         )
+
+
+def _lost(ratio: float) -> str:
+    error = _EPSILON * ratio**2
+    return f"is wrong by {error:.0%}" if error < 1 else "has no correct digit"
 
 
 @check(

@@ -40,7 +40,7 @@ class Observed:
         not_finite: the first inf or NaN.
         moved_in_eval: by layer, how far its statistics moved in eval mode, in standard deviations.
         in_training_mode: layers that were in training mode although the model was put in eval mode.
-        largest: the largest output of each channel in eval mode.
+        largest: the largest output of each channel in `by_batch`.
         rectified: layers whose output goes into a ReLU.
         padding: by layer.
         steps: of training.
@@ -121,12 +121,13 @@ class _Observer:
         with restored(self.subject.model):
             watch = self._pass(by_batch=True)
             seen.by_batch, seen.padding = watch.seen, watch.padding
+            seen.largest, seen.rectified = watch.largest, watch.rectified
             self._order()
             seen.populations = {name: population(calls) for name, calls in seen.by_batch.statistics.items()}
             first_bad = watch.not_finite
         with restored(self.subject.model):
             watch = self._pass(by_batch=False)
-            seen.by_running, seen.largest, seen.rectified = watch.seen, watch.largest, watch.rectified
+            seen.by_running = watch.seen
             seen.in_training_mode = watch.in_training_mode - {n for n, one in layers.items() if one.frozen}
             seen.not_finite = watch.not_finite or first_bad
         if seen.failure is None and seen.not_finite is None:
@@ -226,8 +227,7 @@ class _Observer:
         frozen = {name for name, layer in self.observed.layers.items() if layer.frozen}
         for name, module in self.network.named_modules():
             # torch's SyncBatchNorm trains on GPUs alone.
-            trains = name not in frozen and not isinstance(module, nn.SyncBatchNorm)
-            setattr(module, "training", trains)  # noqa: B010 - mypy takes `training` for a tensor
+            module.train(name not in frozen and not isinstance(module, nn.SyncBatchNorm))
         watch = Watch(self.network, {}, by_batch=False)
         for number in range(_STEPS):
             batch = batches[number % len(batches)]
@@ -256,7 +256,7 @@ class _Observer:
         return value if isinstance(value, Tensor) else None
 
 
-def _train_alone(module: nn.Module) -> None:
+def _train_alone(module: Any) -> None:
     if getattr(module, "sync", False):
         module.sync = False
 

@@ -50,6 +50,9 @@ def gather(network: nn.Module, populations: dict[str, Population]) -> Processes 
         seen = populations[name]
         parts += [seen.mean, seen.var, seen.mean_noise, torch.tensor([float(seen.batches)]).double()]
     mine = torch.cat(parts)
+    missing = _missing()
+    if missing is not None:
+        return Processes(dist.get_world_size(), missing)
     try:
         sizes = _all_gather(torch.tensor([float(len(mine)), float(len(layers))]).double())
         if len({tuple(size.tolist()) for size in sizes}) > 1:
@@ -70,6 +73,29 @@ def gather(network: nn.Module, populations: dict[str, Population]) -> Processes 
         dict(zip(buffers, rest[1:], strict=False)),
         data,
     )
+
+
+_meetings = 0
+
+
+def _missing() -> str | None:
+    """Why the processes did not all come here within some seconds, or None.
+
+    They meet in the store, for a collective that others do not join would disturb what they do instead.
+    """
+    global _meetings
+    store = dist.PrefixStore(f"batchnorm.doctor.{_meetings}", dist.distributed_c10d._get_default_store())
+    mine = str(dist.get_rank())
+    store.set(mine, "here")
+    try:
+        store.wait([str(rank) for rank in range(dist.get_world_size())], timedelta(seconds=_SECONDS))
+    except (RuntimeError, ValueError):
+        store.delete_key(mine)
+        return (
+            f"not all of them called diagnose within {_SECONDS} s; call it in every process to compare them"
+        )
+    _meetings += 1
+    return None
 
 
 def _checksum(parameter: Tensor) -> Tensor:

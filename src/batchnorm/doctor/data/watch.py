@@ -167,7 +167,7 @@ class Watch:
 
     def _after(self, layer: Layer) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not isinstance(output, Tensor) or output.ndim < 2 or self.by_batch:
+            if not isinstance(output, Tensor) or output.ndim < 2 or not self.by_batch:
                 return
             self._outputs[id(output)] = layer.name, output
             channel_dim = getattr(module, "channel_dim", 1)
