@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import batchnorm as bn
 from batchnorm.doctor import fixes
 from batchnorm.lab.nets import LeNet
+from tests.doctor.data.digits import trained
+from tests.doctor.data.faults import Checkpointed
 from tests.doctor.test_diagnose import same, state
 from tests.model.zoo import build
 
@@ -95,6 +97,22 @@ def test_statistics_come_back_from_the_data_for_the_layer_alone(spoil: Callable[
     # The layers before it now normalise by the population, not by each batch.
     torch.testing.assert_close(layer.running_var, right, rtol=0.1, atol=0)
     assert torch.equal(other.running_var, others)
+
+
+def test_statistics_that_are_not_the_populations() -> None:
+    model, _ = build("resnet basic")
+    bn.recalibrate(model, images())
+    model.layer1[0].bn1.running_mean += 3
+    fixed = bn.diagnose(model, images()).fix("BN202")
+    assert [finding.layer for finding in fixed.before] == ["layer1.0.bn1"]
+    assert fixed.left == ()
+
+
+def test_a_checkpointed_model_is_converted() -> None:
+    model, _, _ = trained("vgg")
+    fixed = bn.diagnose(Checkpointed(model, use_reentrant=False), images()).fix("BN211")
+    assert "BN211" not in codes(fixed.after)
+    assert isinstance(model.features[1], bn.BatchNorm2d)
 
 
 def test_statistics_without_data_are_refused() -> None:

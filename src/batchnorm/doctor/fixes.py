@@ -178,7 +178,7 @@ def momentum(subject: Subject, layers: Sequence[str]) -> None:
         layer.momentum = other if 0.001 < other < 0.5 else 0.1
 
 
-@fixes("BN108", "BN109")
+@fixes("BN108", "BN109", "BN202")
 def from_the_data(subject: Subject, layers: Sequence[str]) -> None:
     """Population statistics of the batches that were looked at, for the named layers alone."""
     if not subject.batches:
@@ -232,7 +232,7 @@ def shifts_of_zero(subject: Subject, layers: Sequence[str]) -> None:
             layer.bias.zero_()
 
 
-@fixes("BN119")
+@fixes("BN119", "BN211")
 def convert_layers(subject: Subject, layers: Sequence[str]) -> None:
     convert(subject.model)
 
