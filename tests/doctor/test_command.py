@@ -12,7 +12,8 @@ from batchnorm.lab.references import make_model
 
 MODULE = """
 from torch import nn, randn
-def healthy(): return nn.Sequential(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+def healthy():
+    return nn.Sequential(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
 def sick():
     model = healthy()
     model[1].momentum = 0.9
