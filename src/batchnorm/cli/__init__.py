@@ -6,10 +6,10 @@ import sys
 
 import typer
 
-from batchnorm.cli import bench, models, train, why
+from batchnorm.cli import bench, doctor, models, train, why
 from batchnorm.cli.app import Interrupted, app
 
-__all__ = ["bench", "models", "run", "train", "why"]
+__all__ = ["bench", "doctor", "models", "run", "train", "why"]
 
 INTERRUPTED = 130
 

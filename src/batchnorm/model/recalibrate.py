@@ -87,7 +87,7 @@ def recalibrate(
     check_model(model, "recalibrate")
     network = unwrapped(model)
     names = {layer: name for name, layer in _layers_to_estimate(network).items()}
-    batches = Batches(loader, max_batches, progress, again=sequential)
+    batches = Batches(loader, max_batches, progress, again=sequential, verb="recalibrate")
     check_group(group)
 
     def run(open_layers: dict[_BatchNorm, str]) -> dict[_BatchNorm, Seen]:

@@ -37,7 +37,7 @@ def find(model: nn.Module, candidates: Iterable[nn.Module]) -> dict[nn.Module, l
     """
     candidates = set(candidates)
     seen: list[tuple[nn.Module, Place | None]] = []
-    twins, copied = _twins(model)
+    twins, copied = twins_of(model)
     originals = {twin: original for original, twin in twins.items()}
     for module in model.modules():
         if is_sequential(module):
@@ -55,7 +55,7 @@ def find(model: nn.Module, candidates: Iterable[nn.Module]) -> dict[nn.Module, l
     return found
 
 
-def _twins(model: nn.Module) -> tuple[dict[nn.Module, nn.Module], set[nn.Module]]:
+def twins_of(model: nn.Module) -> tuple[dict[nn.Module, nn.Module], set[nn.Module]]:
     """A twin of every module, to be traced: tracing runs code that may write into its module.
 
     Twins have the Parameters of the model, copies of all else, and no hooks.
@@ -106,7 +106,7 @@ def _in_module(module: nn.Module, candidates: set[nn.Module]) -> list[tuple[nn.M
         tracer = _OneLevelTracer()
         try:
             module.train(training)
-            graph = _quietly(tracer, module)
+            graph = quietly(tracer, module)
         except Exception:
             return []
         modules = dict(module.named_modules(remove_duplicate=False))
@@ -118,13 +118,13 @@ def _in_module(module: nn.Module, candidates: set[nn.Module]) -> list[tuple[nn.M
     return seen
 
 
-def _quietly(tracer: fx.Tracer, module: nn.Module) -> fx.Graph:
+def quietly(tracer: fx.Tracer, module: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
     """The graph of `module`, from a run of its code that leaves no warnings and draws no random numbers."""
     state = random.getstate()
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
-            return tracer.trace(module)
+            return tracer.trace(module, concrete_args)
     finally:
         random.setstate(state)
 
