@@ -42,6 +42,7 @@ from tests.doctor.data.well import (
     fine_tuned,
     recalibrated,
     untrained,
+    without_dropout,
 )
 
 HEALTHY: list[tuple[str, Make]] = [
@@ -95,6 +96,7 @@ HEALTHY: list[tuple[str, Make]] = [
     ("trained lenet, one batch", after_training("lab/torch/relu", 64, 1)),
     ("trained resnet, frozen", after_training("resnet basic", 16, 8, bn.freeze)),
     ("fine-tuned resnet, batch 8", after_training("resnet basic", 8, 8, fine_tuned)),
+    ("trained wide resnet, without dropout", without_dropout("wide resnet")),
     ("recalibrated resnet", recalibrated("resnet bottleneck")),
     ("converted vgg", converted("vgg", True)),
     ("converted resnet", converted("resnet bottleneck", True)),

@@ -56,3 +56,16 @@ def converted(name: str, is_trained: bool) -> Make:
         return bn.convert(model), batches(shape, classes=classes), {}
 
     return make
+
+
+def without_dropout(name: str) -> Make:
+    """The healthy twin of a model whose dropout shifts the variances."""
+
+    def make() -> Case:
+        model, shape, classes = new(name)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        return train(model, shape, 32, classes), batches(shape, classes=classes), {}
+
+    return make
