@@ -20,7 +20,7 @@ from batchnorm.lab.data import DATASETS
 from batchnorm.lab.files import write_atomically
 from batchnorm.lab.machine import machine_line
 from batchnorm.lab.nets import NORMS
-from batchnorm.lab.processes import ProcessError, World, is_loss_of_a_process, joined
+from batchnorm.lab.processes import ProcessError, World, is_of_another_process, joined
 from batchnorm.lab.recipes import DTYPES, RECIPES, Config, configure
 from batchnorm.lab.run_folder import RunFolder, RunFolderError, default_output
 from batchnorm.lab.train import EpochResult, Training, load_dataset
@@ -137,8 +137,10 @@ def _run(training: Training, folder: RunFolder | None) -> None:
             f"interrupted after {done} of {config.epochs} epochs; go on with: {_go_on(world, folder)}"
         ) from None
     except RuntimeError as error:
-        if world.alone or not is_loss_of_a_process(error):
+        if world.alone or not is_of_another_process(error):
             raise
+        if folder is not None:
+            folder.write_results(training, interrupted=True)
         raise ProcessError(
             f"rank {world.rank} of {world.size} lost another process in epoch {len(training.history) + 1}: "
             f"{first_line(error)}; go on, with any number of processes, by: {_go_on(world, folder)}"

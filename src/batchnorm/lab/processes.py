@@ -100,11 +100,12 @@ class World:
             error = caught
         if self.alone:
             return
-        first = torch.tensor(self.size if error is None else self.rank)
+        own = error is not None and not is_of_another_process(error)
+        first = torch.tensor(self.rank if own else self.size)
         dist.all_reduce(first, dist.ReduceOp.MIN)
-        if first == self.size:
+        if first == self.size and error is None:
             return
-        if error is None or first != self.rank:
+        if error is None or first < self.rank or not own:
             raise FailedElsewhere from error
         if self.rank > 0 and isinstance(error, ValueError | OSError):
             raise ProcessError(f"rank {self.rank}: {error}") from error
@@ -129,7 +130,7 @@ def joined() -> Iterator[World]:
         yield world
         return
     torch.set_num_threads(max(1, _cores() // world.local_size))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
@@ -138,15 +139,20 @@ def joined() -> Iterator[World]:
             f"rank {world.rank} cannot join the {world.size} processes at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']}: {first_line(error)}"
         ) from error
-    yield world
-    # Not after an error: it would wait for processes that are gone.
-    dist.destroy_process_group()
+    try:
+        yield world
+        # Not after an error: it would wait for processes that are gone.
+        dist.destroy_process_group()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def is_loss_of_a_process(error: Exception) -> bool:
-    """Whether an error is that of a collective which another process did not come to."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or "gloo" in text or "all-reduce over the processes" in text
+def is_of_another_process(error: Exception) -> bool:
+    """Whether an error says no more than that another process has failed, or did not come."""
+    signs = "gloo", "all-reduce over the processes", "failed in process"
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
 
 
 def parallel(model: nn.Module) -> DistributedDataParallel:
@@ -156,6 +162,12 @@ def parallel(model: nn.Module) -> DistributedDataParallel:
     option = "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
     options: dict[str, Any] = {option: False}
     return DistributedDataParallel(model, **options)
+
+
+def as_on_rank_0(model: nn.Module) -> None:
+    """Give every process the weights of rank 0, where a model may begin with random ones."""
+    for tensor in model.state_dict().values():
+        dist.broadcast(tensor, 0)
 
 
 def merge_statistics(model: nn.Module) -> None:
