@@ -11,6 +11,7 @@ from batchnorm.layers import (
 )
 from batchnorm.model import (
     FoldReport,
+    Joinable,
     absorb_bias,
     convert,
     fold,
@@ -35,6 +36,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "FoldReport",
+    "Joinable",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
