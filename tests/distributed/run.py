@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 
 import batchnorm as bn
-from tests.distributed import cases, join_cases, model_cases
+from tests.distributed import cases, join_cases, model_cases, training_cases
 from tests.distributed.cases import CASES, C, case
 
-__all__ = ["join_cases", "model_cases"]  # imported for the cases that it registers
+__all__ = ["join_cases", "model_cases", "training_cases"]  # imported for the cases that it registers
 
 
 @case(2)
