@@ -86,6 +86,7 @@ def wait_for_an_epoch(folder: Path, agent: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_train_prints_and_writes_once_and_resumes_in_one_process(tmp_path: Path) -> None:
     assert run([*TRAIN, "--epochs", "4", "--output", "whole"]) == 0
     with torchrun(*TRAIN, "--sync", "--epochs", "4", "--output", "run") as agent:
@@ -101,6 +102,7 @@ def test_train_prints_and_writes_once_and_resumes_in_one_process(tmp_path: Path)
     assert run(["train", "--resume", "--output", "run"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
 def test_a_killed_rank_ends_the_others_which_say_so(tmp_path: Path) -> None:
     with torchrun(*LONG, "--output", "run") as agent:
@@ -115,6 +117,7 @@ def test_a_killed_rank_ends_the_others_which_say_so(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on_in_any_number_of_processes(tmp_path: Path) -> None:
     with torchrun(*LONG, "--output", "run") as agent:
         wait_for_an_epoch(tmp_path / "run", agent)
@@ -125,6 +128,7 @@ def test_ctrl_c_says_how_to_go_on_in_any_number_of_processes(tmp_path: Path) -> 
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_recalibrate_is_that_of_one_process(tmp_path: Path) -> None:
     torch.save(LeNet().state_dict(), "start.pt")
     command = ["recalibrate", "batchnorm.lab.nets:LeNet", "--weights", "start.pt", "--data", "digits"]

@@ -8,7 +8,7 @@ import typer
 
 from batchnorm.cli import bench, models, train
 from batchnorm.cli.app import Interrupted, app
-from batchnorm.lab.processes import FailedElsewhere, ProcessError, World
+from batchnorm.lab.processes import FailedElsewhere, ProcessError, is_rank_0
 
 __all__ = ["bench", "models", "run", "train"]
 
@@ -39,6 +39,6 @@ def run(arguments: list[str] | None = None) -> int:
 
 def _complain(message: str, code: int = 2, *, everywhere: bool = False) -> int:
     """Say it once: of several processes by rank 0, unless it is about this one."""
-    if everywhere or World.from_environment().rank == 0:
+    if everywhere or is_rank_0():
         print("batchnorm:", " ".join(message.split()), file=sys.stderr)
     return code

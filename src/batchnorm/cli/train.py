@@ -130,6 +130,7 @@ def _run(training: Training, folder: RunFolder | None) -> None:
                 folder.save(training)
             out.print(_epoch_line(config, result))
     except KeyboardInterrupt:
+        world.finish_in_peace()
         if folder is not None:
             folder.write_results(training, interrupted=True)
         done = len(training.history)
@@ -139,6 +140,7 @@ def _run(training: Training, folder: RunFolder | None) -> None:
     except RuntimeError as error:
         if world.alone or not is_of_another_process(error):
             raise
+        world.finish_in_peace()
         if folder is not None:
             folder.write_results(training, interrupted=True)
         raise ProcessError(

@@ -83,6 +83,11 @@ class World:
             dist.all_reduce(numbers)
         return numbers
 
+    def finish_in_peace(self) -> None:
+        """Let torchrun's SIGTERM not cut short what this process, which ends, has to write and say."""
+        if not self.alone:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """What fails inside in one process fails in all, so that none waits for it.
@@ -143,8 +148,16 @@ def joined() -> Iterator[World]:
         yield world
         # Not after an error: it would wait for processes that are gone.
         dist.destroy_process_group()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except BaseException:
+        world.finish_in_peace()
+        raise
+    signal.signal(signal.SIGTERM, before)
+
+
+def is_rank_0() -> bool:
+    """Whether this process speaks for all: it is rank 0, or alone, or its rank cannot be read."""
+    rank = os.environ.get("RANK", "0")
+    return not all(name in os.environ for name in _ENVIRONMENT) or not rank.isdecimal() or int(rank) == 0
 
 
 def is_of_another_process(error: Exception) -> bool:
