@@ -111,8 +111,6 @@ def _prepared(
     folder.data_dir = None if data_dir is None else str(Path(data_dir).expanduser().absolute())
     if saved is None:
         folder.save(training)
-    else:
-        folder.write_results(training)
     return training, folder
 
 

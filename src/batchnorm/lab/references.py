@@ -59,9 +59,8 @@ def make_loader(
         ValueError: it cannot be found, takes arguments, or cannot be iterated over.
     """
     if reference in DATASETS:
-        for what, given in (("batch size", batch_size), ("max batches", max_batches)):
-            if given is not None and given < 1:
-                raise ValueError(f"{what} {given} must be 1 or more")
+        if batch_size < 1:
+            raise ValueError(f"batch size {batch_size} must be 1 or more")
         data = load(reference, data_dir)
         data = data.standardized() if standardize else data
         images = TensorDataset(data.train_images, data.train_labels)

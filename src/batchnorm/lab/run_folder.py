@@ -125,13 +125,15 @@ class RunFolder:
             raise RunFolderError(f"{path} has no usable configuration: {first_line(error)}") from None
 
     def restore(self, training: Training, state: dict[str, Any]) -> None:
-        """Put a loaded state into a Training; `write_results` puts the other files back in step with it."""
+        """Put a loaded state into a Training, and the other files back in step with it."""
         try:
             training.load_state_dict(state)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise RunFolderError(
                 f"{self.path / CHECKPOINT} does not fit its own configuration: {first_line(error)}"
             ) from None
+        if training.world.rank == 0:
+            self.write_results(training)
 
     def _list(self) -> set[str]:
         if self.path.exists() and not self.path.is_dir():
