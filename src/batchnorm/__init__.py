@@ -14,6 +14,7 @@ from batchnorm.layers import (
 )
 from batchnorm.model import (
     FoldReport,
+    Joinable,
     absorb_bias,
     convert,
     fold,
@@ -39,6 +40,7 @@ __all__ = [
     "BatchNorm3d",
     "Finding",
     "FoldReport",
+    "Joinable",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",

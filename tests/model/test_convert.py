@@ -512,6 +512,33 @@ def test_a_sync_batch_norm_works_on_cpus_too() -> None:
     assert snapshot(model)["modules"] == before["modules"]
 
 
+def test_sync_is_given_to_every_layer_and_taken_back() -> None:
+    ours, already = bn.BatchNorm2d(C), bn.BatchNorm2d(C, sync=True)
+    model = nn.Sequential(conv(), nn.BatchNorm2d(C), nn.ReLU(), nn.SyncBatchNorm(C), ours, already)
+    before = snapshot(model)
+    convert(model)
+    assert [getattr(layer, "sync", None) for layer in model] == [None, False, None, True, False, True]
+    for _ in range(2):
+        convert(model, sync=True)
+    assert [getattr(layer, "sync", None) for layer in model] == [None, True, None, True, True, True]
+    pickle.loads(pickle.dumps(model))
+    revert(copied := copy.deepcopy(model))
+    assert [type(layer) for layer in copied] == [type(layer) for layer in revert(model)]
+    assert type(model[1]) is nn.BatchNorm2d
+    assert type(model[3]) is nn.SyncBatchNorm
+    assert (ours.sync, already.sync) == (False, True)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("sync", ["gloo", 1, None])
+def test_a_sync_that_is_none_leaves_the_model_as_it_was(sync: Any) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(C), bn.BatchNorm2d(C))
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"sync=.* expected True"):
+        convert(model, sync=sync)
+    assert snapshot(model) == before
+
+
 def test_subclasses_of_this_packages_layers_need_no_warning() -> None:
     class Own(bn.BatchNorm2d):
         pass
