@@ -1,6 +1,7 @@
 """Verbs on whole models."""
 
 from batchnorm.model.absorb import absorb_bias
+from batchnorm.model.adapt import adapt
 from batchnorm.model.convert import convert, revert
 from batchnorm.model.folding.fold import fold
 from batchnorm.model.folding.report import FoldReport
@@ -18,6 +19,7 @@ __all__ = [
     "FoldReport",
     "Joinable",
     "absorb_bias",
+    "adapt",
     "convert",
     "fold",
     "freeze",

@@ -16,9 +16,10 @@ _NEVER = math.inf
 
 
 class Seen(NamedTuple):
-    """What a layer was given in a pass: how often, what, and which layer it was in order of execution."""
+    """What a layer was given in a pass: how often, how many samples, what, and as which layer to run."""
 
     times: int
+    samples: int
     moments: Moments
     position: float
 
@@ -62,14 +63,14 @@ def gathered(
 
 
 def _packed(layers: list[_BatchNorm], seen: Mapping[_BatchNorm, Seen], batches: int, failed: bool) -> Tensor:
-    """One float64 vector: batches, failed, and per layer times, position, count, mean and m2."""
+    """One float64 vector: batches, failed, and per layer times, samples, position, count, mean and m2."""
     numbers = [torch.tensor([batches, failed], dtype=torch.float64)]
     for layer in layers:
         if failed or layer not in seen:
-            numbers.append(torch.tensor([0, _NEVER, *[0] * 3 * layer.num_features], dtype=torch.float64))
+            numbers.append(torch.tensor([0, 0, _NEVER, *[0] * 3 * layer.num_features], dtype=torch.float64))
             continue
-        times, moments, position = seen[layer]
-        numbers.append(torch.tensor([times, position], dtype=torch.float64))
+        times, samples, moments, position = seen[layer]
+        numbers.append(torch.tensor([times, samples, position], dtype=torch.float64))
         per_channel = moments.count.expand_as(moments.mean), moments.mean, moments.m2
         numbers += [tensor.to("cpu", torch.float64) for tensor in per_channel]
     return torch.cat(numbers)
@@ -78,11 +79,11 @@ def _packed(layers: list[_BatchNorm], seen: Mapping[_BatchNorm, Seen], batches: 
 def _unpacked(layers: list[_BatchNorm], everyone: list[Tensor]) -> dict[_BatchNorm, Seen]:
     merged, start = {}, 2
     for layer in layers:
-        width = 2 + 3 * layer.num_features
+        width = 3 + 3 * layer.num_features
         parts = torch.stack([numbers[start : start + width] for numbers in everyone])
         start += width
         times = int(parts[:, 0].sum())
         if times:
-            moments = Moments(*parts[:, 2:].unflatten(1, (3, -1)).unbind(1)).merge_dim(0)
-            merged[layer] = Seen(times, moments, float(parts[:, 1].min()))
+            moments = Moments(*parts[:, 3:].unflatten(1, (3, -1)).unbind(1)).merge_dim(0)
+            merged[layer] = Seen(times, int(parts[:, 1].sum()), moments, float(parts[:, 2].min()))
     return merged

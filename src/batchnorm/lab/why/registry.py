@@ -14,6 +14,11 @@ NAMES = {
     3: "covariate_shift",
     4: "scale_invariance",
     5: "moving_average",
+    6: "batch_size",
+    7: "dropout",
+    8: "gamma_and_beta",
+    9: "corruption",
+    10: "accuracy",
 }
 
 
