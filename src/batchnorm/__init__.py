@@ -1,5 +1,8 @@
 """Batch normalization done right for PyTorch."""
 
+from batchnorm.doctor.diagnose import diagnose
+from batchnorm.doctor.finding import Finding
+from batchnorm.doctor.report import Report
 from batchnorm.functional import batch_norm
 from batchnorm.layers import (
     BatchNorm1d,
@@ -11,6 +14,7 @@ from batchnorm.layers import (
 )
 from batchnorm.model import (
     FoldReport,
+    Joinable,
     absorb_bias,
     adapt,
     convert,
@@ -35,16 +39,20 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Finding",
     "FoldReport",
+    "Joinable",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Moments",
     "Renorm",
+    "Report",
     "absorb_bias",
     "adapt",
     "batch_norm",
     "convert",
+    "diagnose",
     "fold",
     "freeze",
     "hold",

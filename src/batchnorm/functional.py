@@ -149,7 +149,8 @@ def normalize(
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError("training=False normalises by running_mean and running_var: pass both")
-        kernel = choose(x, channel_dim, (weight, bias, running_mean, running_var), residual, activation)
+        per_channel = weight, bias, running_mean, running_var
+        kernel = choose(x, channel_dim, per_channel, residual, activation, training=False)
         if running_mean.requires_grad or running_var.requires_grad:
             kernel = reference  # the only one that is differentiable in them
         y = kernel.inference(

@@ -162,16 +162,21 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """
         group = None if self._sync is False else self._group()
         channel_dim = self._check_input(x, residual, mask, group)
-        if self.training and mask is None and group is None and self._moves_as_torch():
+        if mask is None and group is None and (not self.training or self._moves_as_torch()):
             # Not self.weight: each look-up by nn.Module costs a small layer a microsecond.
             parameters, buffers = self._parameters, self._buffers
             weight, bias = parameters.get("weight"), parameters.get("bias")
             if weight is None or bias is None:
                 weight, bias = self.weight, self.bias  # parametrized, or there is none
-            per_channel = weight, bias, buffers["running_mean"], buffers["running_var"]
-            kernel = choose(x, channel_dim, per_channel, residual, self._activation, True)
-            if kernel is not reference:
+            mean, var = buffers["running_mean"], buffers["running_var"]
+            per_channel = weight, bias, mean, var
+            training = self.training
+            kernel = choose(x, channel_dim, per_channel, residual, self._activation, training, training)
+            if kernel is not reference and training:
                 return self._forward_moving(kernel, x, per_channel, residual, channel_dim)
+            if kernel is not reference and _is_constant(mean) and _is_constant(var):
+                options = {"eps": self.eps, "channel_dim": channel_dim, "activation": self._activation}
+                return kernel.inference(x, mean, var, weight, bias, **options, residual=residual)
         return self._forward_any(x, residual, mask, channel_dim, group)
 
     def _group(self) -> Any:
@@ -319,6 +324,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         options["sync"] = self._sync  # whose repr of a group is its ranks
         changed = [f"{name}={value!r}" for name, value in options.items() if value != _OPTIONS[name]]
         return ", ".join([super().extra_repr(), *changed])
+
+
+def _is_constant(tensor: Tensor | None) -> bool:
+    return tensor is not None and not tensor.requires_grad
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):

@@ -1,21 +1,12 @@
-"""What a set of processes checks together: `python cases.py RANK PROCESSES FOLDER` is one of them.
-
-Starting a process costs seconds, so one set of processes goes through all the cases for its size.
-"""
+"""What a set of processes checks together about synchronised layers, and what the other files check with."""
 
 import contextlib
 import copy
 import itertools
-import json
-import os
 import pickle
-import sys
-import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +46,11 @@ def case(*on: int) -> Callable[[Callable[[], None]], Callable[[], None]]:
 def matching(name: str, *on: int, **settings: Any) -> None:
     """Register: k processes give the numbers of one."""
     CASES[name] = lambda: assert_matches_one_process(**settings), on
+
+
+# Set by `run`: groups of this process alone, and of the first two.
+ALONE: Any = None
+PAIR: Any = None
 
 
 # Largest error found by the case that is running, relative to the largest value; for the log.
@@ -213,7 +209,6 @@ COLLECTIVES = (
 
 @case(2, 3, 4)
 def one_all_reduce_each_way() -> None:
-    k = dist.get_world_size()
     layer = bn.BatchNorm2d(C, sync=True, activation="relu")
     x = torch.randn(3, C, 2, 2, requires_grad=True)
     with recorded() as calls:
@@ -221,11 +216,6 @@ def one_all_reduce_each_way() -> None:
         assert calls == [(torch.float64, (2 * C + 1) * 8)]
         y.sum().backward()
     assert calls == [(torch.float64, (2 * C + 1) * 8), (torch.float64, 2 * C * 8)]
-    # SyncBatchNorm gathers 2C+1 float32 numbers of every process. In a ring a process sends 2(k-1)/k of what
-    # is reduced, and k-1 times what is gathered.
-    numbers = 2 * C + 1
-    assert calls[0][1] <= k * numbers * 4
-    assert 2 * (k - 1) / k * numbers <= (k - 1) * numbers
 
 
 @case(2)
@@ -669,61 +659,3 @@ def a_process_that_does_not_come_back() -> None:
         ):
             y.sum().backward()
     dist.barrier()
-
-
-@case(2)
-def a_process_that_ends() -> None:
-    """The last case: the group is broken after it."""
-    dist.barrier()
-    if dist.get_rank() == 1:
-        raise Ends
-    start = time.perf_counter()
-    with pytest.raises(RuntimeError, match=r"BatchNorm1d: the all-reduce .*ranks \[0, 1\] .*on rank 0"):
-        bn.BatchNorm1d(C, sync=True)(torch.randn(4, C))
-    assert time.perf_counter() - start < 10  # not after the group's timeout
-
-
-class Ends(Exception):
-    """Raised by a process to end, as a case asks for."""
-
-
-ALONE: Any = None
-PAIR: Any = None
-
-
-def main(rank: int, processes: int, folder: Path) -> None:
-    """Run the cases for this many processes; write each one's failure, or largest error, to a file."""
-    global ALONE, PAIR, worst
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=processes,
-        timeout=timedelta(seconds=30),
-    )
-    singles = [dist.new_group([alone]) for alone in range(processes)]
-    ALONE = singles[rank]
-    PAIR = dist.new_group([0, 1]) if processes > 2 else None
-    results = {}
-    for name, (function, on) in CASES.items():
-        if processes not in on:
-            continue
-        worst = 0.0
-        start = time.perf_counter()
-        try:
-            function()
-            results[name] = {"worst": worst, "seconds": time.perf_counter() - start}
-        except Ends:
-            results[name] = {}
-        except BaseException:
-            results[name] = {"failure": traceback.format_exc()}
-        (folder / f"{rank}.json").write_text(json.dumps(results))
-        if "seconds" not in results[name]:
-            os._exit(1)  # the others notice at once, wherever they are waiting
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("error")
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

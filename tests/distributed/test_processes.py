@@ -1,6 +1,5 @@
 """Tests over several processes: synchronised layers, and running statistics that are merged."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -13,18 +12,11 @@ from typing import Any
 
 import pytest
 
-CASES_FILE = Path(__file__).parent / "cases.py"
+from tests.distributed.run import CASES
+
+ROOT = Path(__file__).parents[2]
 # For all the cases of a set of processes; on a 2-core machine that others use too a set takes up to 40.
 SECONDS = 120
-
-
-def load_cases() -> dict[str, Any]:
-    spec = importlib.util.spec_from_file_location("distributed_cases", CASES_FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.CASES
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +31,19 @@ def run(processes: int, folder: Path) -> list[dict[str, Any]]:
     try:
         for rank in range(processes):
             with open(folder / f"{rank}.log", "w") as log:
-                command = [sys.executable, str(CASES_FILE), str(rank), str(processes), str(folder)]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "tests.distributed.run",
+                    str(rank),
+                    str(processes),
+                    str(folder),
+                ]
                 # A session of its own, so that whatever a child may start ends with it.
                 children.append(
-                    subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+                    subprocess.Popen(
+                        command, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True
+                    )
                 )
         deadline = time.monotonic() + SECONDS
         for child in children:
@@ -64,7 +65,7 @@ def result(folder: Path, rank: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("processes", "name"), sorted((k, name) for name, (_, sizes) in load_cases().items() for k in sizes)
+    ("processes", "name"), sorted((k, name) for name, (_, sizes) in CASES.items() for k in sizes)
 )
 def test_processes(processes: int, name: str, results: Any) -> None:
     for rank, found in enumerate(results(processes)):

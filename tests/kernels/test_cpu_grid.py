@@ -31,7 +31,7 @@ INPUTS = ("x", "weight", "bias", "residual")
 
 @pytest.fixture(autouse=True)
 def _small_tensors_and_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(cpu, "SMALLEST", 1)
+    monkeypatch.setattr(cpu, "pays", lambda *call: True)
     monkeypatch.setattr(cpu, "MAPPED", 0)
     monkeypatch.setattr(team, "_WORTH_A_TEAM", 1)
     before = torch.get_num_threads()
@@ -226,6 +226,13 @@ SHAPES = {
     ],
 }  # fmt: skip
 GRID = [(name, shape) for name, shapes in SHAPES.items() for shape in shapes]
+# float32 on each number of threads, float64 on one of them in turn: every pair of the three occurs.
+GRID_OF_THREADS = [
+    (name, shape, dtype, threads)
+    for i, (name, shape) in enumerate(GRID)
+    for dtype in DTYPES
+    for threads in ((1, 2, 3) if dtype == torch.float32 else (1 + i % 3,))
+]
 
 
 def test_the_grid_knows_the_sizes():
@@ -234,9 +241,7 @@ def test_the_grid_knows_the_sizes():
     assert groups.BLOCK == rows.BLOCK
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("name", "shape"), GRID, ids=str)
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("name", "shape", "dtype", "threads"), GRID_OF_THREADS, ids=str)
 def test_every_boundary(name, shape, dtype, threads, formula):
     torch.set_num_threads(threads)
     assert team.size(2) == threads

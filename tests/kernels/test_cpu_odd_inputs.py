@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not team.available(), reason="torch's threads ar
 
 @pytest.fixture(autouse=True)
 def _small_inputs_too(monkeypatch):
-    monkeypatch.setattr(cpu, "SMALLEST", 1)
+    monkeypatch.setattr(cpu, "pays", lambda *call: True)
     monkeypatch.setattr(cpu, "MAPPED", 0)
     torch.manual_seed(0)
 
@@ -109,7 +109,7 @@ def test_an_upstream_gradient_of_zeros_without_memory():
     code = """
 import torch
 from batchnorm.kernels import cpu
-cpu.SMALLEST = 1
+cpu.pays = lambda *call: True
 x = torch.randn(6, 4, 5, requires_grad=True)
 y, _ = cpu.training(x, None, None, eps=1e-3, channel_dim=1)
 (grad,) = torch.autograd.grad(y, x, torch._efficientzerotensor(y.shape))

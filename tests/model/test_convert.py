@@ -42,8 +42,8 @@ FUSED = {
     "efficientnet": (8, 0),
     "shufflenet": (5, 0),
     "squeezenet": (6, 0),
-    "regnet": (5, 0),  # the adds are in another module than the batch norms
-    "densenet": (10, 0),  # so is the last ReLU
+    "regnet": (7, 2),  # the adds are in another module than the batch norms
+    "densenet": (11, 0),  # so is the last ReLU
     "googlenet": (9, 0),
     "u-net": (6, 0),
     "dcgan generator": (2, 0),
@@ -512,6 +512,33 @@ def test_a_sync_batch_norm_works_on_cpus_too() -> None:
     assert snapshot(model)["modules"] == before["modules"]
 
 
+def test_sync_is_given_to_every_layer_and_taken_back() -> None:
+    ours, already = bn.BatchNorm2d(C), bn.BatchNorm2d(C, sync=True)
+    model = nn.Sequential(conv(), nn.BatchNorm2d(C), nn.ReLU(), nn.SyncBatchNorm(C), ours, already)
+    before = snapshot(model)
+    convert(model)
+    assert [getattr(layer, "sync", None) for layer in model] == [None, False, None, True, False, True]
+    for _ in range(2):
+        convert(model, sync=True)
+    assert [getattr(layer, "sync", None) for layer in model] == [None, True, None, True, True, True]
+    pickle.loads(pickle.dumps(model))
+    revert(copied := copy.deepcopy(model))
+    assert [type(layer) for layer in copied] == [type(layer) for layer in revert(model)]
+    assert type(model[1]) is nn.BatchNorm2d
+    assert type(model[3]) is nn.SyncBatchNorm
+    assert (ours.sync, already.sync) == (False, True)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("sync", ["gloo", 1, None])
+def test_a_sync_that_is_none_leaves_the_model_as_it_was(sync: Any) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(C), bn.BatchNorm2d(C))
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"sync=.* expected True"):
+        convert(model, sync=sync)
+    assert snapshot(model) == before
+
+
 def test_subclasses_of_this_packages_layers_need_no_warning() -> None:
     class Own(bn.BatchNorm2d):
         pass
@@ -570,6 +597,52 @@ def test_not_fused_across_functions_that_can_be_called_by_themselves() -> None:
     model = convert(Net())
     assert fusing(model) == []
     assert type(model.features(images())) is Tensor
+
+
+def branches(function: Callable[[Any, Tensor], Any]) -> Of:
+    """Two branches that end in a batch norm, one of them nested."""
+    first = nn.Sequential(conv(), nn.BatchNorm2d(C), nn.ReLU(), nn.Sequential(conv(), nn.BatchNorm2d(C)))
+    return Of(function, branch=first, shortcut=nn.Sequential(conv(), nn.BatchNorm2d(C)), relu=nn.ReLU())
+
+
+BRANCHES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "added": lambda m, x: F.relu(m.branch(x) + m.shortcut(x)),
+    "added in place": lambda m, x: m.relu(m.branch(x).add_(m.shortcut(x))),
+    "shortcut first": lambda m, x: m.relu(m.shortcut(x) + m.branch(x)),
+    "identity": lambda m, x: m.relu(x + m.branch(m.shortcut(x))),
+    "no add": lambda m, x: m.shortcut(torch.sigmoid(m.branch(x))),
+}
+
+
+@pytest.mark.parametrize("form", BRANCHES.values(), ids=BRANCHES)
+def test_a_sequential_that_ends_in_a_batch_norm_is_fused_with_what_follows_it(
+    form: Callable[[Any, Tensor], Tensor], dtype: torch.dtype, runs: list[tuple[bool, str | None]]
+) -> None:
+    assert_converts_to_the_same(branches(form).to(dtype), images().to(dtype), 2)
+    assert len(runs) == 8
+    assert all(activation is not None for _, activation in runs)
+
+
+def test_a_sequential_that_ends_in_a_batch_norm_by_itself() -> None:
+    model = convert(branches(BRANCHES["added"]))
+    before = snapshot(model)["modules"]
+    assert snapshot(convert(model))["modules"] == before
+    assert type(model.branch(images())) is Tensor
+    twice = branches(lambda m, x: F.relu(y := m.branch(x)) + y)
+    assert_converts_to_the_same(twice.double(), images().double(), 1)
+
+
+def test_hooks_of_a_sequential_see_its_output(runs: list[Any]) -> None:
+    model = branches(BRANCHES["added"])
+    ours = converted(model)
+    seen: list[Tensor] = []
+    ours.branch.register_forward_hook(lambda module, args, y: seen.append(y))
+    model.branch.register_forward_hook(lambda module, args, y: seen.append(y))
+    x = images()
+    assert_close(ours(x), model(x))
+    assert type(seen[0]) is Tensor
+    assert_close(seen[0], seen[1])
+    assert runs == [(False, "relu")]
 
 
 def test_not_fused_where_the_input_may_change_before_the_activation() -> None:
@@ -834,8 +907,8 @@ def test_waits_only_for_a_kernel_that_fuses(monkeypatch: pytest.MonkeyPatch) -> 
     calls = []
     run = waiting._Pass.run
     monkeypatch.setattr(waiting._Pass, "run", lambda *args: calls.append(1) or run(*args))
-    x = images(2, 64)
-    assert x.numel() >= cpu.SMALLEST
+    x = images(2, 128)
+    assert x.numel() >= cpu.SMALLEST_IN_EVAL
     assert_same_training(ours, model, (x,))
     assert len(calls) == 4
 
@@ -949,7 +1022,7 @@ def test_the_input_is_freed_as_soon_as_the_layer_has_run(runs: list[Any]) -> Non
 
 @pytest.mark.parametrize("name", ["resnet basic", "resnet functional", "mobilenet v3", "densenet", "u-net"])
 def test_memory_efficient_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchnorm.kernels.cpu.SMALLEST", 1)
+    monkeypatch.setattr("batchnorm.kernels.cpu.pays", lambda *call: True)
     model, inputs = build(name)
     ours = converted(model, memory_efficient=True)
     assert_same_training(ours, model, inputs)

@@ -1299,6 +1299,13 @@ def test_statistics_that_are_not_finite(name: str, value: float) -> None:
     assert_close(state(model), before, rtol=0, atol=0, equal_nan=True)
 
 
+def test_statistics_that_leave_no_finite_output() -> None:
+    model = seasoned(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    model[1].running_var.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"BatchNorm1d '1' is not finite: look at its running_var\. "):
+        fold(model, torch.randn(2, 3))
+
+
 def test_weights_too_large_for_their_dtype() -> None:
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4)).half()
     nn.init.constant_(model[1].running_var, 0)

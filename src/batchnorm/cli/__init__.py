@@ -6,10 +6,11 @@ import sys
 
 import typer
 
-from batchnorm.cli import bench, models, train, why
+from batchnorm.cli import bench, doctor, models, train, why
 from batchnorm.cli.app import Interrupted, app
+from batchnorm.lab.processes import FailedElsewhere, ProcessError, is_rank_0
 
-__all__ = ["bench", "models", "run", "train", "why"]
+__all__ = ["bench", "doctor", "models", "run", "train", "why"]
 
 INTERRUPTED = 130
 
@@ -21,6 +22,10 @@ def run(arguments: list[str] | None = None) -> int:
         code = command(arguments, prog_name="batchnorm", standalone_mode=False) or 0
     except Interrupted as error:
         return _complain(str(error), INTERRUPTED)
+    except FailedElsewhere:
+        return 2
+    except ProcessError as error:
+        return _complain(str(error), everywhere=True)
     except (ValueError, OSError) as error:
         return _complain(str(error))
     except Exception as error:
@@ -32,6 +37,8 @@ def run(arguments: list[str] | None = None) -> int:
     return _complain("interrupted", code) if code == INTERRUPTED else code
 
 
-def _complain(message: str, code: int = 2) -> int:
-    print("batchnorm:", " ".join(message.split()), file=sys.stderr)
+def _complain(message: str, code: int = 2, *, everywhere: bool = False) -> int:
+    """Say it once: of several processes by rank 0, unless it is about this one."""
+    if everywhere or is_rank_0():
+        print("batchnorm:", " ".join(message.split()), file=sys.stderr)
     return code

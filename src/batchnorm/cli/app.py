@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from batchnorm.lab.processes import World
+
 app = typer.Typer(
     name="batchnorm",
     help="Batch normalization done right for PyTorch: verbs on models, and the lab's experiments.",
@@ -26,9 +28,19 @@ DataDir = Annotated[
 ]
 
 
+_FOR_PROCESSES = ("train", "recalibrate")
+
+
 @app.callback()
-def main() -> None:
+def main(context: typer.Context) -> None:
     """Batch normalization done right for PyTorch: verbs on models, and the lab's experiments."""
+    world = World.from_environment()
+    out.quiet = world.rank > 0
+    if not world.alone and context.invoked_subcommand not in _FOR_PROCESSES:
+        raise ValueError(
+            f"{context.invoked_subcommand} runs in one process: start it without torchrun (of the commands, "
+            f"{names(_FOR_PROCESSES)} run in several)"
+        )
 
 
 class Interrupted(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from torch import nn
 
@@ -13,6 +14,7 @@ from batchnorm.lab import references, tables
 from batchnorm.lab.data import DATASETS
 from batchnorm.lab.deploy import WRITERS
 from batchnorm.lab.files import check_new_file, write_new_file
+from batchnorm.lab.processes import as_on_rank_0, joined
 from batchnorm.model import fold as run_fold
 from batchnorm.model import recalibrate as run_recalibrate
 
@@ -43,15 +45,37 @@ def recalibrate(
         bool, typer.Option("--sequential", help="Layer by layer: exact for deep layers, a pass for each.")
     ] = False,
 ) -> None:
-    """Replace a model's running statistics by those of the data, and write its weights to a new file."""
-    check_new_file("--output", output, references.WEIGHT_FILES)
-    net = load_model(model, weights)
-    loader = references.make_loader(data, data_dir=data_dir, batch_size=batch_size, standardize=standardize)
-    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    run_recalibrate(net, loader, max_batches=max_batches, sequential=sequential, progress=out.is_terminal)
-    out.print(tables.moved_statistics(net, before))
-    write_new_file(output, references.weights_as_bytes(net, output.suffix))
-    out.print(f"recalibrated weights in {output}")
+    """Replace a model's running statistics by those of the data, and write its weights to a new file.
+
+    In several processes by: torchrun --nproc-per-node 2 -m batchnorm recalibrate
+    """
+    with joined() as world, world.together():
+        with world.together():
+            check_new_file("--output", output, references.WEIGHT_FILES)
+            net = load_model(model, weights)
+            loader = references.make_loader(
+                data,
+                data_dir=data_dir,
+                batch_size=batch_size,
+                standardize=standardize,
+                max_batches=max_batches,
+                world=world,
+            )
+        if not world.alone:
+            as_on_rank_0(net)
+        before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+        run_recalibrate(
+            net,
+            loader,
+            max_batches=max_batches,
+            sequential=sequential,
+            progress=out.is_terminal and world.rank == 0,
+            group=None if world.alone else torch.distributed.group.WORLD,
+        )
+        out.print(tables.moved_statistics(net, before))
+        if world.rank == 0:
+            write_new_file(output, references.weights_as_bytes(net, output.suffix))
+        out.print(f"recalibrated weights in {output}")
 
 
 @app.command()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
+from batchnorm.checks import first_line
 from batchnorm.cli.app import DataDir, Interrupted, app, names, out, progress_bar
 from batchnorm.kernels.reference import ACTIVATIONS
 from batchnorm.lab import figures, tables
@@ -18,6 +20,7 @@ from batchnorm.lab.data import DATASETS
 from batchnorm.lab.files import write_atomically
 from batchnorm.lab.machine import machine_line
 from batchnorm.lab.nets import NORMS
+from batchnorm.lab.processes import ProcessError, World, is_of_another_process, joined
 from batchnorm.lab.recipes import DTYPES, RECIPES, Config, configure
 from batchnorm.lab.run_folder import RunFolder, RunFolderError, default_output
 from batchnorm.lab.train import EpochResult, Training, load_dataset
@@ -25,7 +28,7 @@ from batchnorm.lab.train import EpochResult, Training, load_dataset
 # Options that `train` and `compare` share; what is not given is decided by the recipe.
 Data = Annotated[str | None, typer.Option(help=f"Data set: {names(DATASETS)}.  [default: digits]")]
 Recipe = Annotated[str | None, typer.Option(help=f"Recipe: {names(RECIPES)}.  [default: tutorial]")]
-BatchSize = Annotated[int | None, typer.Option(help="Images per step.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per step, of all processes together.")]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Adam's rate; the peak of one-cycle.")]
 Activation = Annotated[str | None, typer.Option(help=f"Activation: {names(ACTIVATIONS)}.")]
@@ -62,6 +65,9 @@ def train(
             "--tutorial-protocol", help="The tutorial's loss formula, and its test in training mode."
         ),
     ] = None,
+    sync: Annotated[
+        bool | None, typer.Option("--sync", help="Statistics over the batches of all processes (torchrun).")
+    ] = None,
     data_dir: DataDir = None,
     output: Annotated[
         Path | None,
@@ -69,8 +75,21 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
 ) -> None:
-    """Train LeNet, by default with batchnorm on scanned digits; resumable at any moment."""
+    """Train LeNet, by default with batchnorm on scanned digits; resumable at any moment.
+
+    In several processes by: torchrun --nproc-per-node 2 -m batchnorm train
+    """
     options = _settings(context)
+    with joined() as world:
+        with world.together():
+            training, folder = _prepared(options, world, data_dir, output, resume)
+        _run(training, folder)
+
+
+def _prepared(
+    options: dict[str, Any], world: World, data_dir: str | None, output: Path | None, resume: bool
+) -> tuple[Training, RunFolder | None]:
+    """The training, new or where it was, and the folder that rank 0 writes it to."""
     if resume and output is None:
         raise RunFolderError("--resume needs --output, the folder of the run to go on with")
     saved = RunFolder.reopen(output).load() if resume and output is not None else None
@@ -78,40 +97,69 @@ def train(
     if saved is not None:
         _check_same(options, config, output)
         data_dir = saved[1]["data_dir"] if data_dir is None else data_dir
+        if not world.alone and "threads" not in options:
+            config = replace(config, threads=min(config.threads, torch.get_num_threads()))
     dataset = load_dataset(config, data_dir)
+    training = Training(config, dataset, world)
+    if saved is not None and output is not None:
+        RunFolder(output).restore(training, saved[1])
+    if world.rank > 0:
+        return training, None
     if output is None:
         output = default_output("train", config.data, config.recipe, config.norm)
     folder = RunFolder.reopen(output) if resume else RunFolder.create(output)
     folder.data_dir = None if data_dir is None else str(Path(data_dir).expanduser().absolute())
-    training = Training(config, dataset)
     if saved is None:
         folder.save(training)
-    else:
-        folder.restore(training, saved[1])
-    _run(training, folder)
+    return training, folder
 
 
-def _run(training: Training, folder: RunFolder) -> None:
-    config = training.config
-    out.print(
-        f"LeNet, norm {config.norm}, on {config.data}: {config.recipe} recipe, batch size "
-        f"{config.batch_size}, {config.device}; output in {folder.path}"
-    )
+def _run(training: Training, folder: RunFolder | None) -> None:
+    config, world = training.config, training.world
+    if folder is not None:
+        out.print(_headline(training, folder))
     for result in training.history:
         out.print(_epoch_line(config, result), style="dim")
     try:
         while not training.finished:
             with progress_bar(training.steps_per_epoch, f"epoch {len(training.history) + 1}") as on_steps:
                 result = training.run_epoch(on_steps)
-            folder.save(training)
+            if folder is not None:
+                folder.save(training)
             out.print(_epoch_line(config, result))
     except KeyboardInterrupt:
-        folder.write_results(training, interrupted=True)
+        world.finish_in_peace()
+        if folder is not None:
+            folder.write_results(training, interrupted=True)
         done = len(training.history)
         raise Interrupted(
-            f"interrupted after {done} of {config.epochs} epochs; go on with: "
-            f"batchnorm train --resume --output {shlex.quote(str(folder.path))}"
+            f"interrupted after {done} of {config.epochs} epochs; go on with: {_go_on(world, folder)}"
         ) from None
+    except RuntimeError as error:
+        if world.alone or not is_of_another_process(error):
+            raise
+        world.finish_in_peace()
+        if folder is not None:
+            folder.write_results(training, interrupted=True)
+        raise ProcessError(
+            f"rank {world.rank} of {world.size} lost another process in epoch {len(training.history) + 1}: "
+            f"{first_line(error)}; go on, with any number of processes, by: {_go_on(world, folder)}"
+        ) from error
+
+
+def _headline(training: Training, folder: RunFolder) -> str:
+    config, world = training.config, training.world
+    statistics = "synchronised" if config.sync else "their own"
+    several = "" if world.alone else f", {world.size} processes with statistics {statistics}"
+    return (
+        f"LeNet, norm {config.norm}, on {config.data}: {config.recipe} recipe, batch size "
+        f"{config.batch_size}, {config.device}{several}; output in {folder.path}"
+    )
+
+
+def _go_on(world: World, folder: RunFolder | None) -> str:
+    start = "batchnorm" if world.alone else f"torchrun --nproc-per-node {world.local_size} -m batchnorm"
+    return f"{start} train --resume --output {'OUTPUT' if folder is None else shlex.quote(str(folder.path))}"
 
 
 def _epoch_line(config: Config, result: EpochResult) -> str:

@@ -17,6 +17,7 @@ def choose(
     parameters: tuple[Tensor | None, ...] = (),
     residual: Tensor | None = None,
     activation: str | None = None,
+    training: bool = True,
     moving: bool = False,
 ) -> ModuleType:
     """The fastest kernel that takes `x` and its per-channel tensors where this code is running.
@@ -30,6 +31,6 @@ def choose(
     if under_transform():
         return reference  # the only one that vmap, jvp and their like can look into
     kernel = cuda if x.is_cuda else cpu
-    if kernel.supports(x, channel_dim, parameters, residual, activation):
+    if kernel.supports(x, channel_dim, parameters, residual, activation, training):
         return kernel
     return native if native.supports(x, parameters) else reference

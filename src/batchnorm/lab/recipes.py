@@ -51,6 +51,7 @@ class Config:
     `lr` is the constant rate, or the peak of the one-cycle schedule. `dtype` float32 and float64 are
     the model's own; bfloat16 and float16 train a float32 model under autocast (AMP).
     `train_samples` and `test_samples` keep so many of the data set's first samples, None all.
+    `batch_size` is that of all processes together; with `sync` its statistics are too.
     """
 
     data: str
@@ -69,6 +70,7 @@ class Config:
     tutorial_protocol: bool
     train_samples: int | None
     test_samples: int | None
+    sync: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("data", self.data, DATASETS)
@@ -96,6 +98,8 @@ class Config:
         ):
             if samples is not None:
                 _check_at_least(what, samples, least)
+        if self.sync and self.norm != "batchnorm":
+            raise ValueError(f"sync needs the norm batchnorm, whose layers know it: {self.norm}'s do not")
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr={self.lr} must be above 0 and finite")
 
@@ -115,6 +119,7 @@ def configure(
     tutorial_protocol: bool = False,
     train_samples: int | None = None,
     test_samples: int | None = None,
+    sync: bool = False,
     **changes: Any,
 ) -> Config:
     """A recipe, fitted to the data set, with the `changes` that are not None.
@@ -140,6 +145,7 @@ def configure(
         tutorial_protocol=tutorial_protocol,
         train_samples=train_samples,
         test_samples=test_samples,
+        sync=sync,
         **settings,
     )
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from batchnorm.checks import first_line
 from batchnorm.lab.data import DATASETS, load
+from batchnorm.lab.processes import ALONE, World
 
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 # Where training scripts put the model's state among other things; the last is `batchnorm train`'s.
@@ -41,9 +42,18 @@ def make_model(reference: str) -> nn.Module:
 
 
 def make_loader(
-    reference: str, *, data_dir: str | None = None, batch_size: int = 256, standardize: bool = False
+    reference: str,
+    *,
+    data_dir: str | None = None,
+    batch_size: int = 256,
+    standardize: bool = False,
+    max_batches: int | None = None,
+    world: World = ALONE,
 ) -> Iterable[Any]:
     """Training images of a built-in data set in batches, or what `package.module:loader` returns.
+
+    In several processes the batches of a built-in data set, of which there are no more than `max_batches`,
+    are dealt out to them; what the function returns is one process's own.
 
     Raises:
         ValueError: it cannot be found, takes arguments, or cannot be iterated over.
@@ -53,7 +63,9 @@ def make_loader(
             raise ValueError(f"batch size {batch_size} must be 1 or more")
         data = load(reference, data_dir)
         data = data.standardized() if standardize else data
-        return DataLoader(TensorDataset(data.train_images, data.train_labels), batch_size)
+        images = TensorDataset(data.train_images, data.train_labels)
+        batches = torch.arange(len(images)).split(batch_size)[:max_batches][world.rank :: world.size]
+        return DataLoader(images, batch_sampler=[batch.tolist() for batch in batches])
     if ":" not in reference:
         raise ValueError(
             f"unknown data {reference!r}: expected one of {', '.join(DATASETS)}, or package.module:loader"

@@ -67,7 +67,7 @@ class RunFolder:
                 f"{path} holds no {CHECKPOINT} to resume from (found {', '.join(sorted(found)[:3])})"
             )
         for left_behind in folder.path.glob(f".*{TEMPORARY}"):
-            left_behind.unlink()
+            left_behind.unlink(missing_ok=True)  # each process of several tries
         return folder
 
     def save(self, training: Training) -> None:
@@ -95,6 +95,7 @@ class RunFolder:
             "result": epochs[-1] if epochs else None,
             "training_seconds": sum(result.seconds for result in training.history),
             "config": training.config.as_dict(),
+            "processes": training.world.size,
             "versions": versions(),
             "machine": machine(),
         }
@@ -131,7 +132,8 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path / CHECKPOINT} does not fit its own configuration: {first_line(error)}"
             ) from None
-        self.write_results(training)
+        if training.world.rank == 0:
+            self.write_results(training)
 
     def _list(self) -> set[str]:
         if self.path.exists() and not self.path.is_dir():

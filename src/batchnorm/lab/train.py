@@ -1,4 +1,8 @@
-"""Training a LeNet, from top to bottom: model, optimizer, epoch, test; resumable at every epoch."""
+"""Training a LeNet, from top to bottom: model, optimizer, epoch, test; resumable at every epoch.
+
+In several processes each takes its part of every batch: the batches, their order and the gradients, of the
+mean loss over the whole batch, are those of one process.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,11 @@ from torch.nn import functional as F
 from batchnorm.lab.captured import CapturedSteps
 from batchnorm.lab.data import Dataset, load
 from batchnorm.lab.handwritten import HandwrittenBatchNorm
+from batchnorm.lab.losses import Losses
 from batchnorm.lab.nets import LeNet
+from batchnorm.lab.processes import ALONE, World, merge_statistics, parallel, unsynchronised
 from batchnorm.lab.recipes import DTYPES, Config
-from batchnorm.model import hold
+from batchnorm.model import convert, hold
 
 _TEST_BATCH = 1000
 _STEPS_PER_REPORT = 20
@@ -52,21 +58,26 @@ class Training:
     Args:
         config: see `recipes.configure`.
         dataset: what `load_dataset(config)` gives, or another one.
+        world: the processes that train together, this one alone by default.
 
     Attributes:
         model, history: the LeNet, and an EpochResult per epoch so far.
     """
 
-    def __init__(self, config: Config, dataset: Dataset) -> None:
-        self.config = config
+    def __init__(self, config: Config, dataset: Dataset, world: World = ALONE) -> None:
+        if config.norm == "handwritten" and not world.alone:
+            raise ValueError("the norm handwritten trains in one process: its statistics cannot be merged")
+        self.config, self.world = config, world
         torch.set_num_threads(config.threads)
-        self.device = torch.device(config.device)
+        self.device = world.device(config.device)
         dtype = DTYPES[config.dtype]
         self.autocast = dtype in (torch.bfloat16, torch.float16)
         self.dataset = dataset.to(self.device, torch.float32 if self.autocast else dtype)
 
         torch.manual_seed(config.seed)
         self.model = LeNet(config.norm, config.activation).to(self.device, self.dataset.train_images.dtype)
+        if config.sync:
+            convert(self.model, sync=True, fuse=False)
         fused, on_gpu = self.device.type in ("cpu", "cuda"), self.device.type == "cuda"
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=config.lr, fused=fused, capturable=on_gpu
@@ -75,7 +86,8 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.shuffling = torch.Generator().manual_seed(config.seed)
         self.history: list[EpochResult] = []
-        self._captured = self._make_captured() if on_gpu else None
+        self._captured = self._make_captured() if on_gpu and world.alone else None
+        self._parallel: nn.Module | None = None
 
     def _make_captured(self) -> CapturedSteps | None:
         """Steps for a CUDA graph, where nothing in them is a number of Python's that changes.
@@ -116,6 +128,8 @@ class Training:
         return result
 
     def _train(self, on_steps: Callable[[int], None]) -> Losses:
+        if self._parallel is None and not self.world.alone:
+            self._parallel = parallel(self.model)
         self.model.train()
         losses = Losses(self.device)
         order = torch.randperm(len(self.dataset.train_labels), generator=self.shuffling).to(self.device)
@@ -124,45 +138,55 @@ class Training:
             total, first = self._captured.run(order, on_steps)
             losses.add(total, self.config.batch_size, first)
         steps = 0
-        for images, labels in self._batches(order, first):
-            losses.add(self._step(images, labels), len(labels))
+        for images, labels, samples in self._batches(order, first):
+            losses.add(self._step(images, labels, samples), samples)
             if self.schedule is not None:
                 self.schedule.step()
             steps += 1
             if steps % _STEPS_PER_REPORT == 0:
                 on_steps(_STEPS_PER_REPORT)
         on_steps(steps % _STEPS_PER_REPORT)
+        losses.add_processes(self.world)
+        if not (self.world.alone or self.config.sync):
+            merge_statistics(self.model)
         return losses
 
-    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Train on a batch; its loss."""
+    def _step(self, images: Tensor, labels: Tensor, samples: int = 0) -> Tensor:
+        """Train on a batch; its loss. Of this process's part of a batch of so many samples, its part."""
         with torch.autocast(self.device.type, DTYPES[self.config.dtype]) if self.autocast else nullcontext():
-            loss = F.cross_entropy(self.model(images), labels)
+            if self._parallel is None:
+                loss = total = F.cross_entropy(self.model(images), labels)
+            else:
+                # By itself an empty part has no statistics. In eval mode it needs none, and takes part.
+                self.model.train(self.config.sync or len(labels) > 0)
+                loss = F.cross_entropy(self._parallel(images), labels, reduction="sum") / samples
+                total = loss * self.world.size  # of the processes' gradients the mean is taken
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(total).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
 
-    def _batches(self, order: Tensor, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Those of an epoch, from the `first` on."""
-        data, size = self.dataset, self.config.batch_size
+    def _batches(self, order: Tensor, first: int = 0) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """This process's part of those of an epoch, from the `first` on, and the samples of the whole."""
+        data = self.dataset
+        batches = order.split(self.config.batch_size)[first : self.steps_per_epoch]
+        parts = [self.world.shard(batch) for batch in batches]
         # Shuffled once per epoch, so that a batch is a view: no worker processes, no copy per step.
-        rest = order[first * size :]
-        images, labels = data.train_images[rest], data.train_labels[rest]
-        for step in range(self.steps_per_epoch - first):
-            batch = slice(step * size, (step + 1) * size)
-            yield images[batch], labels[batch]
+        mine, sizes = torch.cat([order[:0], *parts]), [len(part) for part in parts]
+        images, labels = data.train_images[mine].split(sizes), data.train_labels[mine].split(sizes)
+        for part, wanted, batch in zip(images, labels, batches, strict=True):
+            yield part, wanted, len(batch)
 
     def _summarize(self, losses: Losses, seconds: float) -> EpochResult:
         epoch, config = len(self.history) + 1, self.config
-        accuracy = test_accuracy(self.model, self.dataset)
+        accuracy = test_accuracy(self.model, self.dataset, self.world)
         if not config.tutorial_protocol:
             return EpochResult(epoch, losses.mean(), accuracy, seconds)
         return EpochResult(
             epoch,
             losses.tutorial(config.batch_size),
-            test_accuracy_by_batch(self.model, self.dataset, config.batch_size),
+            test_accuracy_by_batch(self.model, self.dataset, config.batch_size, self.world),
             seconds,
             mean_loss=losses.mean(),
             accuracy_eval=accuracy,
@@ -230,31 +254,6 @@ class Training:
                     raise ValueError("the optimizer's state is not Adam's")
 
 
-class Losses:
-    """The losses of an epoch, summed on the device so that no step waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.of_samples = torch.zeros((), device=device)
-        self.of_batches = torch.zeros((), device=device)
-        self.samples = 0
-        self.batches = 0
-
-    def add(self, loss: Tensor, samples: int, batches: int = 1) -> None:
-        """Add the mean loss of a batch of so many samples, or the sum of those of several batches."""
-        self.of_samples += loss * samples
-        self.of_batches += loss
-        self.samples += samples * batches
-        self.batches += batches
-
-    def mean(self) -> float:
-        """Per sample."""
-        return self.of_samples.item() / self.samples
-
-    def tutorial(self, batch_size: int) -> float:
-        """As the tutorial divides it: a mean over the batch, once more divided by the batch size."""
-        return self.of_batches.item() / (self.batches * batch_size)
-
-
 def load_dataset(config: Config, data_dir: str | None = None) -> Dataset:
     """The data set of a configuration, cut and standardized as it says."""
     dataset = load(config.data, data_dir)
@@ -268,28 +267,35 @@ def load_dataset(config: Config, data_dir: str | None = None) -> Dataset:
 
 
 @torch.inference_mode()
-def test_accuracy(model: nn.Module, dataset: Dataset) -> float:
+def test_accuracy(model: nn.Module, dataset: Dataset, world: World = ALONE) -> float:  # noqa: PT028
     """Share of the test set that is classified right in eval mode, by the running statistics."""
     model.eval()
-    return _accuracy(model, dataset, _TEST_BATCH)
+    return _accuracy(model, dataset, _TEST_BATCH, world)
 
 
-def test_accuracy_by_batch(model: nn.Module, dataset: Dataset, batch_size: int) -> float:
+def test_accuracy_by_batch(
+    model: nn.Module,
+    dataset: Dataset,
+    batch_size: int,
+    world: World = ALONE,  # noqa: PT028
+) -> float:
     """The same in training mode, as the tutorial tests: each test batch normalised by itself.
 
     As there, autograd records the passes; the hand-written layer keeps what they record. A single
     leftover sample is classified by the running statistics.
     """
     model.train()
-    with hold(model):
-        return _accuracy(model, dataset, batch_size)
+    with hold(model), unsynchronised(model):
+        return _accuracy(model, dataset, batch_size, world)
 
 
-def _accuracy(model: nn.Module, dataset: Dataset, batch_size: int) -> float:
+def _accuracy(model: nn.Module, dataset: Dataset, batch_size: int, world: World) -> float:
+    """Over all processes, to whom the batches are dealt out whole: the numbers are those of one."""
     images, labels = dataset.test_images.split(batch_size), dataset.test_labels.split(batch_size)
+    mine = slice(world.rank, None, world.size)
     right = torch.zeros((), dtype=torch.int64, device=dataset.test_labels.device)
-    for batch, wanted in zip(images, labels, strict=True):
+    for batch, wanted in zip(images[mine], labels[mine], strict=True):
         if len(wanted) == 1:
             model.eval()
         right += (model(batch).argmax(1) == wanted).sum()
-    return right.item() / len(dataset.test_labels)
+    return world.add(right).item() / len(dataset.test_labels)

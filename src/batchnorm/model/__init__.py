@@ -7,6 +7,7 @@ from batchnorm.model.folding.fold import fold
 from batchnorm.model.folding.report import FoldReport
 from batchnorm.model.freeze import freeze, unfreeze
 from batchnorm.model.hold import hold
+from batchnorm.model.joinable import Joinable
 from batchnorm.model.keras import load_keras
 from batchnorm.model.memory_efficient import memory_efficient
 from batchnorm.model.merge_running_statistics import merge_running_statistics
@@ -16,6 +17,7 @@ from batchnorm.model.reset import reset
 
 __all__ = [
     "FoldReport",
+    "Joinable",
     "absorb_bias",
     "adapt",
     "convert",

@@ -1,19 +1,22 @@
 """convert and revert: torch.nn's batch norms become this package's, and again what they were.
 
 A layer changes its `__class__`, in place: it stays the same object for its hooks, its names and whoever
-else holds it. All that has to be remembered is the class it had, in an attribute of the layer itself, so a
-copy or a pickle of a converted model can be reverted too.
+else holds it. All that has to be remembered is the class it had, or the `sync` of a layer that was this
+package's already, in an attribute of the layer itself, so a copy or a pickle of a converted model can be
+reverted too.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
+from batchnorm import distributed
 from batchnorm.layers import (
     _OPTIONS,
     BatchNorm1d,
@@ -47,11 +50,17 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 }
 # Attributes in `__dict__`: they are copied and pickled with their module.
 _CLASS = "_class_before_convert"
+_SYNC = "_sync_before_convert"
 _MEMORY_EFFICIENT = "_memory_efficient_by_convert"
 
 
 def convert(
-    model: nn.Module, *, fuse: bool = True, memory_efficient: bool = False, subclasses: bool = False
+    model: nn.Module,
+    *,
+    fuse: bool = True,
+    memory_efficient: bool = False,
+    subclasses: bool = False,
+    sync: Any = False,
 ) -> nn.Module:
     """Turn every torch.nn batch norm of `model` into this package's, which computes the same.
 
@@ -61,9 +70,10 @@ def convert(
     layers know, or by an add and such an activation, is computed together with them; the model's code is not
     changed, and runs as before (see `batchnorm.model.fusion`). A second call adds what it asks for.
 
-    A SyncBatchNorm keeps its process group, and then works on CPUs too. Left as they are, and named in a
-    warning: subclasses, unless asked for, and layers with a forward or an attribute of their own where this
-    package's have one.
+    A SyncBatchNorm keeps its process group, and then works on CPUs too. With `sync`, all layers normalise by
+    the batches of all processes together, those that were this package's before included. Left as they are,
+    and named in a warning: subclasses, unless asked for, and layers with a forward or an attribute of their
+    own where this package's have one.
 
     Args:
         model: changed in place.
@@ -71,20 +81,24 @@ def convert(
         memory_efficient: let the backward pass build outputs again, see `memory_efficient`.
         subclasses: convert subclasses of torch.nn's layers too, which lose what their methods add to them
             until they are reverted.
+        sync: the layers' `sync`: True (the default process group) or a process group. False leaves every
+            layer as it is: a SyncBatchNorm synchronised, others not.
 
     Returns:
         model
 
     Raises:
-        TypeError: not an nn.Module.
-        ValueError: no batch norm in the model.
+        TypeError: not an nn.Module, or `sync` is neither a boolean nor a process group.
+        ValueError: no batch norm in the model, or this process is not in the group.
     """
+    distributed.parse(sync)
     layers = batch_norms(model, "convert")
     theirs = {name: m for name, m in layers.items() if not isinstance(m, _BatchNorm)}
     left = {name: m for name, m in theirs.items() if not _can_be_ours(m, subclasses)}
     to_ours = [m for name, m in theirs.items() if name not in left]
+    # Those that are fused already too: which of two batch norms waits for their add depends on both.
     fusing = [m for m in to_ours if _ours(_class(m), subclasses) in FUSING]
-    fusing += [m for m in layers.values() if _class(m) in FUSING and m.activation is None]
+    fusing += [m for m in layers.values() if _fusing(_class(m)) is not None and m.activation is None]
     places = find(model, fusing) if fuse else {}
     _warn_of(left)
     for layer in to_ours:
@@ -96,9 +110,15 @@ def convert(
             setattr(layer, option, default)
         if isinstance(layer, SyncBatchNorm):
             layer.sync = True if layer.process_group is None else layer.process_group
+    if sync is not False:
+        for layer in [m for name, m in layers.items() if name not in left]:
+            layer.__dict__.setdefault(_SYNC, layer._sync)
+            layer.sync = sync
     for fused, found in places.items():
         _remember_class(fused)
-        _set_class(fused, FUSING[_class(fused)])
+        waiting = _fusing(_class(fused))
+        assert waiting is not None  # it was among those that can
+        _set_class(fused, waiting)
         fused.__dict__["_callers"] = tuple({place.caller: None for place in found})
         fused.__dict__["_followers"] = tuple({p.follower: None for p in found if p.follower is not None})
     if memory_efficient:
@@ -110,7 +130,7 @@ def convert(
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Give back what `convert` changed: every layer its class, fusion and memory_efficient taken off.
+    """Give back what `convert` changed: every layer its class and `sync`, fusion and memory_efficient off.
 
     Works on a copy of a converted model and on a part of one; a model that was never converted stays as it
     is. A lazy layer that has started meanwhile becomes torch.nn's layer without "Lazy" in its name.
@@ -127,6 +147,8 @@ def revert(model: nn.Module) -> nn.Module:
     """
     check_model(model, "revert")
     for module in model.modules():
+        if _SYNC in module.__dict__:
+            module.__dict__["_sync"] = module.__dict__.pop(_SYNC)
         if _CLASS in module.__dict__:
             _restore_class(module)
         if module.__dict__.pop(_MEMORY_EFFICIENT, False):
@@ -138,6 +160,11 @@ def _ours(cls: type[nn.Module], subclasses: bool) -> type[nn.Module] | None:
     """The class of this package for a class of torch.nn, or for the one that it is a subclass of."""
     candidates = cls.__mro__ if subclasses else (cls,)
     return next((_OURS[base] for base in candidates if base in _OURS), None)
+
+
+def _fusing(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The class that waits for what follows, for a class of this package that does or does not yet."""
+    return cls if cls in FUSING.values() else FUSING.get(cls)
 
 
 def _can_be_ours(module: nn.Module, subclasses: bool) -> bool:

@@ -86,9 +86,14 @@ def unfreeze(model: nn.Module) -> nn.Module:
     return model
 
 
-def is_frozen(layer: _BatchNorm) -> bool:
+def is_frozen(layer: nn.Module) -> bool:
     """Whether the layer's running statistics are frozen."""
     return isinstance(layer.__dict__.get("train"), _StaysInEval)
+
+
+def affine_is_frozen(layer: nn.Module) -> bool:
+    """Whether the layer's weight and bias are frozen."""
+    return _WHEN_FROZEN in layer.__dict__
 
 
 class _StaysInEval:

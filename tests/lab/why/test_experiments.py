@@ -81,7 +81,7 @@ def test_figures_can_be_drawn(name: str, results: dict[str, list[SeedResult]]) -
     for theme in (LIGHT, DARK.narrowed()):
         svg = to_svg(of(name).figure(results[name], theme), name)
         assert theme.blue in svg
-        assert any(word in svg for word in ("training", "rate", "ratio", "error"))
+        assert any(word in svg for word in ("training", "rate", "ratio", "error", "accuracy"))
 
 
 def test_the_sliders_shares_are_distributions(results: dict[str, list[SeedResult]]) -> None:

@@ -1,1 +1,14 @@
 """Checks on a handful of batches: what is observed, and one file per family of checks on it."""
+
+from batchnorm.doctor.data import (  # noqa: F401 - importing registers the checks
+    channels,
+    composition,
+    disagreement,
+    gap,
+    magnitude,
+    movement,
+    running_statistics,
+)
+from batchnorm.doctor.data.observe import Observed, observe, total_steps
+
+__all__ = ["Observed", "observe", "total_steps"]

@@ -22,8 +22,9 @@ from batchnorm.moments import Moments
 # Their gradient is kept between the two passes over it: computing it again would cost more.
 _COSTLY = frozenset({"elu", "gelu", "silu", "mish", "sigmoid", "tanh"})
 
-# For fewer values torch's operator is done before an autograd function in Python has begun.
-SMALLEST = 32768
+# For fewer values torch's operator is done before a kernel called from Python has begun: without gradients,
+# with them (alone, or with an activation or a residual), and in eval mode, where torch's needs one pass.
+SMALLEST, SMALLEST_WITH_GRADIENT, SMALLEST_FUSED, SMALLEST_IN_EVAL = 4096, 65536, 32768, 131072
 # Channels of a row from which on torch's channels_last operator keeps up: in tensors of fewer bytes than
 # SMALL, and in those that glibc does not map anew each time.
 NARROW_OF_SMALL, NARROW = 128, 32
@@ -38,17 +39,18 @@ def supports(
     parameters: tuple[Tensor | None, ...] = (),
     residual: Tensor | None = None,
     activation: str | None = None,
+    training: bool = True,
 ) -> bool:
     """Whether the kernels take these tensors where this code is running, and are faster than torch's."""
     size, dtype, channels = x.numel(), x.dtype, x.shape[channel_dim]
+    alone = activation is None and residual is None
     recording = recipes.is_recording() and torch.is_grad_enabled()
-    if size < SMALLEST and not (size and recording):
+    if not size or not (recording or pays(size, training, alone, "rows")):
         return False
     # Over rows torch is at the speed of memory too, but for narrow ones and where pages are new each time.
     in_bytes = size * x.element_size()
     rows_are_torchs = (
-        activation is None
-        and residual is None
+        alone
         and channels >= (NARROW_OF_SMALL if in_bytes < SMALL else NARROW)
         and in_bytes < MAPPED
         and not recording
@@ -67,7 +69,19 @@ def supports(
     the_plan = _plan(x, channel_dim)
     if the_plan is None or (rows_are_torchs and the_plan.kind == "rows"):
         return False
+    if not (recording or pays(size, training, alone, the_plan.kind)):
+        return False
     return not torch.are_deterministic_algorithms_enabled() and can_run_here() and _work()
+
+
+def pays(size: int, training: bool, alone: bool, kind: str) -> bool:
+    """Whether a kernel of this kind makes up for being called from Python."""
+    if not training:
+        # Alone and in runs, one pass, torch is at the speed of memory too.
+        return size >= SMALLEST_IN_EVAL and (kind == "rows" or not alone)
+    if not torch.is_grad_enabled():
+        return size >= SMALLEST
+    return size >= (SMALLEST_WITH_GRADIENT if alone else SMALLEST_FUSED)
 
 
 def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:

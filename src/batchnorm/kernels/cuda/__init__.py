@@ -27,6 +27,7 @@ def supports(
     parameters: tuple[Tensor | None, ...] = (),
     residual: Tensor | None = None,
     activation: str | None = None,
+    training: bool = True,
 ) -> bool:
     """Whether the kernels take these tensors where this code is running, and ought to be faster."""
     size, dtype, channels = x.numel(), x.dtype, x.shape[channel_dim]

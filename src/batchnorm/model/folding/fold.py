@@ -78,6 +78,7 @@ def fold(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> nn.Modul
         unfolded, calls = _run_recording(scratch, arguments)
         graphs = Graphs(scratch, calls)
         plan = Planner(graphs).plan()
+        _check_comparable(source, unfolded)
 
         folded = _apply(plan, check.copy_of(source))
         errors = _Errors.of(source, folded, plan, arguments, unfolded, tolerance)
@@ -94,12 +95,15 @@ def _run_recording(model: nn.Module, arguments: check.Example) -> tuple[Any, dic
             f"fold: the model does not take the example, {_shapes(arguments)}; it failed {error}. Give an "
             "input as in deployment: a tensor, a tuple of positional or a dict of keyword arguments"
         ) from error
+    return output[0], calls
+
+
+def _check_comparable(model: nn.Module, output: Any) -> None:
     if not any(tensor.isfinite().any() for tensor in check.tensors(output)):
         raise ValueError(
             f"fold: {type(model).__name__} returned no tensor with a finite value that could be compared: "
             "give an example like the inputs in deployment"
         )
-    return output[0], calls
 
 
 def _shapes(arguments: check.Example) -> str:

@@ -2,7 +2,8 @@
 
 Which layers: the forward of every module is traced by itself (torch.fx, its submodules as leaves), and a
 batch norm may wait where all that is done with its output is an activation, or an add and then an activation,
-in the same function. `nn.Sequential`s are read off their neighbours, so they need no trace.
+in the same function. `nn.Sequential`s are read off their neighbours, so they need no trace; one that ends in
+a batch norm, as the branches of many residual blocks do, stands for it in the function that calls it.
 
 How: such a layer returns a `Waiting` tensor, the promise of its output. The activation, or the add, that is
 called with it reaches `__torch_function__`, which runs the layer together with it. Anything else gets the
@@ -16,6 +17,6 @@ under torch.compile, torch.export or torch.func (compilers fuse by themselves), 
 
 Limits: a function that, by a flag changed after the trace, returns the output of a batch norm as it is,
 returns a `Waiting`; it is a tensor to all of torch's functions, and its statistics move when it is first
-used. A batch norm and an activation in two functions (a `Sequential` that ends in a batch norm, a ReLU in its
-parent) are not fused: either may be called by itself.
+used. A batch norm and an activation in two functions are fused where the first is the forward of a
+`Sequential`; a function of the user's that returns a batch norm's output may be called by itself.
 """

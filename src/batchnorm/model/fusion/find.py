@@ -17,7 +17,10 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 
 from batchnorm.model.fusion.calls import Activation, activation_of, activation_of_module
-from batchnorm.model.fusion.waiting import caller_of, hooked, hooked_after
+from batchnorm.model.fusion.waiting import caller_of, hooked, hooked_after, is_sequential, output_layer
+
+# Layers that return a new tensor, which they keep for nothing.
+_FRESH = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 class Place(NamedTuple):
@@ -34,10 +37,10 @@ def find(model: nn.Module, candidates: Iterable[nn.Module]) -> dict[nn.Module, l
     """
     candidates = set(candidates)
     seen: list[tuple[nn.Module, Place | None]] = []
-    twins, copied = _twins(model)
+    twins, copied = twins_of(model)
     originals = {twin: original for original, twin in twins.items()}
     for module in model.modules():
-        if type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__:
+        if is_sequential(module):
             seen += _in_sequential(module, candidates)
         elif module in copied and _can_be_traced(module):
             for twin, place in _in_module(twins[module], {twins[m] for m in candidates}):
@@ -52,7 +55,7 @@ def find(model: nn.Module, candidates: Iterable[nn.Module]) -> dict[nn.Module, l
     return found
 
 
-def _twins(model: nn.Module) -> tuple[dict[nn.Module, nn.Module], set[nn.Module]]:
+def twins_of(model: nn.Module) -> tuple[dict[nn.Module, nn.Module], set[nn.Module]]:
     """A twin of every module, to be traced: tracing runs code that may write into its module.
 
     Twins have the Parameters of the model, copies of all else, and no hooks.
@@ -91,9 +94,9 @@ def _in_sequential(
     children = list(sequential._modules.values())
     caller = nn.Sequential.forward.__module__, "forward"
     for child, after in zip(children, [*children[1:], None], strict=True):
-        if child is not None and child in candidates:
-            fits = after is not None and activation_of_module(after) is not None
-            yield child, Place(caller, after) if fits else None
+        if child is not None and (last := output_layer(child)) in candidates and after is not None:
+            fits = activation_of_module(after) is not None
+            yield last, Place(caller, after) if fits else None
 
 
 def _in_module(module: nn.Module, candidates: set[nn.Module]) -> list[tuple[nn.Module, Place | None]]:
@@ -103,24 +106,25 @@ def _in_module(module: nn.Module, candidates: set[nn.Module]) -> list[tuple[nn.M
         tracer = _OneLevelTracer()
         try:
             module.train(training)
-            graph = _quietly(tracer, module)
+            graph = quietly(tracer, module)
         except Exception:
             return []
         modules = dict(module.named_modules(remove_duplicate=False))
         nodes = [node for node in graph.nodes if node.op not in ("get_attr", "placeholder")]
         for node in nodes:
-            if node.op == "call_module" and modules[node.target] in candidates:
-                seen.append((modules[node.target], _place(node, nodes, modules, tracer.frames, candidates)))
+            if _is_candidate(node, modules, candidates):
+                place = _place(node, nodes, modules, tracer.frames, candidates)
+                seen.append((output_layer(modules[node.target]), place))
     return seen
 
 
-def _quietly(tracer: fx.Tracer, module: nn.Module) -> fx.Graph:
+def quietly(tracer: fx.Tracer, module: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
     """The graph of `module`, from a run of its code that leaves no warnings and draws no random numbers."""
     state = random.getstate()
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
-            return tracer.trace(module)
+            return tracer.trace(module, concrete_args)
     finally:
         random.setstate(state)
 
@@ -169,11 +173,10 @@ def _place(
     if _is_add(user):
         add = user
         other = add.args[1] if add.args[0] is node else add.args[0]
-        if not isinstance(other, fx.Node) or (
-            # Of two that could wait, the first need not.
-            _is_candidate(other, modules, candidates) and nodes.index(other) > nodes.index(node)
-        ):
+        if not isinstance(other, fx.Node):
             return None
+        if add.args[1] is node and _is_candidate(other, modules, candidates):
+            return None  # of two that could wait, the left: it may be added to in place, which a trace hides
         user = _only_user(add)
         if (
             user is None
@@ -187,7 +190,7 @@ def _place(
     activation, follower = _activation_of_node(user, modules)
     if activation is None or frames.get(user) is not frames.get(node) or node not in frames:
         return None
-    if nodes.index(following) != nodes.index(node) + 1 and not _is_fresh(node.args[0], modules):
+    if nodes.index(following) != nodes.index(node) + 1 and not _has_fresh_input(node, modules):
         return None
     return Place(caller_of(frames[node]), follower)
 
@@ -208,7 +211,7 @@ def _is_add(node: fx.Node) -> bool:
 
 
 def _is_candidate(node: fx.Node, modules: dict[str, nn.Module], candidates: set[nn.Module]) -> bool:
-    return node.op == "call_module" and modules[str(node.target)] in candidates
+    return node.op == "call_module" and output_layer(modules[str(node.target)]) in candidates
 
 
 def _activation_of_node(
@@ -221,11 +224,19 @@ def _activation_of_node(
     return activation_of(function, tuple(node.args), dict(node.kwargs)), None
 
 
-def _is_fresh(node: Any, modules: dict[str, nn.Module]) -> bool:
-    """Whether nothing but its one user can change the output of `node` in place."""
+def _has_fresh_input(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether nothing but the batch norm that gives `node` its output can change its input in place."""
+    ends: list[nn.Module] = [modules[str(node.target)]]
+    before = None
+    while is_sequential(ends[-1]):
+        ends = list(ends[-1].children())
+        before = ends[-2] if len(ends) > 1 else before
+    if before is not None:
+        return isinstance(before, _FRESH)
+    source = node.args[0]
     return (
-        isinstance(node, fx.Node)
-        and len(node.users) == 1
-        and node.op == "call_module"
-        and isinstance(modules[str(node.target)], (nn.modules.conv._ConvNd, nn.Linear))
+        isinstance(source, fx.Node)
+        and len(source.users) == 1
+        and source.op == "call_module"
+        and isinstance(modules[str(source.target)], _FRESH)
     )

@@ -198,13 +198,8 @@ class _Fusing(_BatchNorm):
             or under_transform()
         ):
             return False
-        while frame is not None and frame.f_code.co_filename == nn.modules.module.__file__:
-            frame = frame.f_back
-        if frame is None or caller_of(frame) not in self._callers:
-            return False
-        return frame.f_code is not nn.Sequential.forward.__code__ or not _is_last(
-            self, frame.f_locals["self"]
-        )
+        caller = _caller(self, frame)
+        return caller is not None and caller_of(caller) in self._callers
 
 
 def _fuses(layer: _Fusing, x: Tensor) -> bool:
@@ -212,11 +207,38 @@ def _fuses(layer: _Fusing, x: Tensor) -> bool:
     if x.ndim not in layer._ranks:
         return False  # an error, and the layer's to raise
     parameters = layer._parameters.get("weight"), layer._parameters.get("bias")
-    return choose(x, layer.channel_dim, parameters, None, "relu") not in (native, reference)
+    return choose(x, layer.channel_dim, parameters, None, "relu", layer.training) not in (native, reference)
 
 
-def _is_last(layer: nn.Module, sequential: nn.Sequential) -> bool:
-    return next(reversed(sequential._modules.values())) is layer
+def _caller(module: nn.Module, frame: FrameType | None) -> FrameType | None:
+    """The function that gets the output of `module`, past the `Sequential`s that it is the last of."""
+    while True:
+        while frame is not None and frame.f_code.co_filename == nn.modules.module.__file__:
+            frame = frame.f_back
+        if frame is None or frame.f_code is not nn.Sequential.forward.__code__:
+            return frame
+        sequential = frame.f_locals["self"]
+        if _last(sequential) is not module:
+            return frame
+        if hooked_after(sequential):
+            return None
+        module, frame = sequential, frame.f_back
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Whether `module` calls its submodules one after the other and does nothing else."""
+    return type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__
+
+
+def output_layer(module: nn.Module) -> nn.Module:
+    """The module whose output is the output of `module`: the last of a `Sequential`, else itself."""
+    while is_sequential(module) and (last := _last(module)) is not None:
+        module = last
+    return module
+
+
+def _last(sequential: nn.Module) -> nn.Module | None:
+    return next(reversed(sequential._modules.values()), None)
 
 
 def hooked_after(module: nn.Module) -> bool:

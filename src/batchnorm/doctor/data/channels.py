@@ -1,0 +1,202 @@
+"""BN203 to BN206: too few values per channel; channels that are constant, dead, or dominated by eps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from batchnorm.doctor.check import Check, check
+from batchnorm.doctor.data.layers import trains
+from batchnorm.doctor.data.noise import BatchStatistics, Population, mean_and_error
+from batchnorm.doctor.data.observe import Observed
+from batchnorm.doctor.finding import Finding, Severity
+from batchnorm.doctor.subject import Subject
+
+# Fewer independent values put the batch's mean off by half a standard deviation or more; a quarter.
+_TOO_FEW, _FEW = 4.0, 16.0
+_SHARE_OF_CHANNELS = 0.05
+_SHARE_DEAD = 0.25
+# With this many images without one that fires, the rate is below 5% with 95% confidence (rule of three).
+_IMAGES_FOR_DEAD = 60
+
+
+@check(
+    "BN203",
+    "too few values per channel",
+    severity="warning",
+    why="Each batch is normalised by statistics that are mostly noise, and the running ones average that "
+    "noise.",
+    fix="Larger batches, sync=True over processes, drop_last=True for a small last batch; or bn.freeze in "
+    "fine-tuning, or group norm.",
+    needs_data=True,
+)
+def too_few_values(check: Check, subject: Subject) -> Iterator[Finding]:
+    observed: Observed | None = subject.observed
+    if observed is None:
+        return
+    for name, calls in observed.by_batch.statistics.items():
+        if observed.layers[name].frozen:
+            continue
+        smallest = min(calls, key=lambda call: call.values)
+        share, error = _noise(calls, observed.populations[name])
+        per_image = 1 / share if share > 0 else math.inf
+        effective = min(smallest.values, max(1.0, smallest.images * per_image))
+        if effective >= _FEW:
+            continue
+        noise = 1 / math.sqrt(effective)
+        severity: Severity = "note"
+        if trains(subject) and effective < _TOO_FEW:
+            severity = "error" if smallest.values <= 2 else "warning"
+        what = (
+            f"a batch of {smallest.images} has {smallest.values:.0f} values per channel, worth "
+            f"{effective:.1f} "
+            f"independent ones: its mean is off by {noise:.0%} of a standard deviation"
+        )
+        if smallest.values <= 2:
+            what += "; two values are normalised to -1 and 1 whatever they are"
+        yield check.finding(
+            name,
+            what,
+            severity=severity,
+            effect=noise,
+            standard_error=noise * error / (2 * share) if share > 0 else 0.0,
+            noise_alone=1 / math.sqrt(max(smallest.values, 1.0)),
+            values=smallest.values,
+            independent_values=effective,
+            images=smallest.images,
+        )
+
+
+def _noise(calls: list[BatchStatistics], seen: Population) -> tuple[float, float]:
+    """The variance of a mean of one image by that of the values, over the channels; its standard error.
+
+    Between images it is unbiased also where a batch has two; where a batch has one, between batches.
+    """
+    varies = ~constant(seen)
+    if not bool(varies.any()):
+        return 0.0, 0.0
+    several = [call for call in calls if call.images > 1]
+    if several:
+        shares = [float((call.mean_noise * call.images / seen.var)[varies].mean()) for call in several]
+    else:
+        shares = [float((seen.mean_noise / seen.var)[varies].mean())]
+    share, error = mean_and_error(shares)
+    return share, 0.0 if math.isnan(error) else error
+
+
+def constant(seen: Population) -> Tensor:
+    """The channels whose values differ by no more than float32's rounding, (C,)."""
+    return seen.var <= (1e-6 * seen.mean.abs()).square() + 1e-30
+
+
+@check(
+    "BN204",
+    "constant channels",
+    severity="warning",
+    why="A channel without variance is divided by sqrt(eps): it carries nothing, and noise is multiplied "
+    "by 300.",
+    fix="Look for dead filters, zeroed inputs or a bias alone before the layer; prune the channels or "
+    "initialise "
+    "them again.",
+    needs_data=True,
+)
+def constant_channels(check: Check, subject: Subject) -> Iterator[Finding]:
+    observed: Observed | None = subject.observed
+    if observed is None:
+        return
+    for name, seen in observed.populations.items():
+        bad = constant(seen)
+        if bool(bad.any()) and sum(call.values for call in observed.by_batch.statistics[name]) > 2:
+            share = float(bad.double().mean())
+            yield check.finding(
+                name,
+                f"{int(bad.sum())} of {len(bad)} channels have the same value everywhere ({_listed(bad)})",
+                severity=_by_share(share),
+                effect=share,
+                standard_error=0.0,
+                noise_alone=0.0,
+                channels=int(bad.sum()),
+            )
+
+
+@check(
+    "BN205",
+    "channels dead after the activation",
+    severity="warning",
+    why="A ReLU that never lets a channel through gives no gradient either: the channel does not come back.",
+    fix="Lower the learning rate, start again from before the channels died, or set their bias to 0.",
+    needs_data=True,
+)
+def dead_channels(check: Check, subject: Subject) -> Iterator[Finding]:
+    observed: Observed | None = subject.observed
+    if observed is None:
+        return
+    for name in observed.by_batch.statistics:
+        if name not in observed.rectified or name not in observed.largest:
+            continue
+        # A constant channel is the finding of BN204.
+        dead = (observed.largest[name] <= 0) & ~constant(observed.populations[name])
+        if not bool(dead.any()):
+            continue
+        images = sum(call.images for call in observed.by_batch.statistics[name])
+        share = float(dead.double().mean())
+        grave = share >= _SHARE_DEAD and images >= _IMAGES_FOR_DEAD
+        yield check.finding(
+            name,
+            f"{int(dead.sum())} of {len(dead)} channels are zero after the ReLU in all of {images} images "
+            f"({_listed(dead)})",
+            severity="warning" if grave else "note",
+            effect=share,
+            standard_error=0.0,
+            noise_alone=3 / images,  # the firing rate that so many silent images do not exclude
+            channels=int(dead.sum()),
+            images=images,
+        )
+
+
+@check(
+    "BN206",
+    "variance below eps",
+    severity="warning",
+    why="Where eps is larger than the variance, the layer does not normalise: its output is shrunk.",
+    fix="Scale the inputs (standardise the data, larger initial weights), or lower eps.",
+    needs_data=True,
+)
+def dominated_by_eps(check: Check, subject: Subject) -> Iterator[Finding]:
+    observed: Observed | None = subject.observed
+    if observed is None:
+        return
+    for name, seen in observed.populations.items():
+        eps = observed.layers[name].eps
+        error = (seen.var_noise / seen.batches).sqrt()
+        bad = (seen.var + 3 * error < eps) & ~constant(seen)
+        if not bool(bad.any()):
+            continue
+        std = (seen.var / (seen.var + eps)).sqrt()
+        slope = (0.5 * error / (seen.var + eps) / std.clamp_min(1e-12))[bad].mean()
+        share = float(bad.double().mean())
+        yield check.finding(
+            name,
+            f"{int(bad.sum())} of {len(bad)} channels have a variance below eps={eps:g} (median "
+            f"{float(seen.var[bad].median()):.1e}): they are normalised to a std of "
+            f"{float(std[bad].mean()):.2g}, "
+            f"not 1",
+            severity=_by_share(share),
+            effect=float(std[bad].mean()),
+            standard_error=float(slope),
+            noise_alone=1.0,
+            channels=int(bad.sum()),
+            eps=eps,
+        )
+
+
+def _by_share(share: float) -> Severity:
+    return "warning" if share >= _SHARE_OF_CHANNELS else "note"
+
+
+def _listed(channels: Tensor) -> str:
+    numbers = torch.nonzero(channels).flatten().tolist()
+    return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")

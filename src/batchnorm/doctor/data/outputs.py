@@ -1,0 +1,69 @@
+"""What a model gives for a batch: its first floating point tensor, labels, accuracy, loss, entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Of an output, enough to compare by: a segmentation of large images would not fit many times.
+_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good the outputs of a batch are; None where it cannot be told."""
+
+    accuracy: float | None
+    loss: float | None
+    entropy: float | None
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The first floating point tensor with a dimension in an output of any structure."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() and output.ndim > 0 else None
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    elif hasattr(output, "__dataclass_fields__"):
+        output = [getattr(output, name) for name in output.__dataclass_fields__]
+    if isinstance(output, tuple | list):
+        return next((found for found in map(first_tensor, output) if found is not None), None)
+    return None
+
+
+def kept(output: Any) -> Tensor | None:
+    """What is kept of an output to compare by: (N, elements), float32, on the CPU."""
+    tensor = first_tensor(output)
+    if tensor is None or tensor.shape[0] == 0:
+        return None
+    rows = tensor.detach().flatten(1) if tensor.ndim > 1 else tensor.detach()[:, None]
+    return rows[:, : max(1, _ELEMENTS // rows.shape[0])].float().cpu().clone()
+
+
+def labels(batch: Any) -> Tensor | None:
+    """The class of each sample, where a batch is `(inputs, integers of shape (N,))`."""
+    if not isinstance(batch, tuple | list) or len(batch) < 2 or not isinstance(batch[1], Tensor):
+        return None
+    y = batch[1]
+    return None if y.is_floating_point() or y.ndim != 1 or y.dtype == torch.bool else y.cpu().long()
+
+
+def score(output: Any, batch: Any, loss: Any) -> Score:
+    """Accuracy against the labels, the loss, and the entropy of the softmax over (N, classes)."""
+    logits, y = first_tensor(output), labels(batch)
+    of_classes = logits is not None and logits.ndim == 2 and logits.shape[1] > 1
+    accuracy = entropy = value = None
+    if of_classes:
+        assert logits is not None
+        logs = torch.log_softmax(logits.detach().float(), 1).cpu()
+        entropy = float(-(logs.exp() * logs).sum(1).mean())
+        if y is not None and len(y) == len(logs) and int(y.max()) < logs.shape[1]:
+            accuracy = float((logs.argmax(1) == y).double().mean())
+    if loss is not None:
+        result = loss(output, batch)
+        value = float(result.detach().mean()) if isinstance(result, Tensor) else float(result)
+    return Score(accuracy, value, entropy)

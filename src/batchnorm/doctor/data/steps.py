@@ -1,0 +1,116 @@
+"""A few steps of training: what moves in the forward and the backward pass, and what grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from batchnorm.doctor.data.layers import Layer
+from batchnorm.doctor.data.outputs import first_tensor
+from batchnorm.doctor.data.restored import held_tensors
+
+_MOST_NODES = 100_000
+
+
+@dataclass
+class Steps:
+    """What was seen in training steps; the lists have an entry per step.
+
+    Attributes:
+        moved_in_backward: tensors of layers that the backward pass changed, by layer: the largest change of a
+            running mean, in standard deviations.
+        moves: by layer, how often its counter went up in a step's forward.
+        nodes: by module, autograd nodes that its tensors keep alive after the step.
+        bytes: by module, what its tensors hold after the step.
+        backward: whether backward passes were run.
+    """
+
+    moved_in_backward: dict[str, float] = field(default_factory=dict)
+    moves: dict[str, list[int]] = field(default_factory=dict)
+    nodes: dict[str, list[int]] = field(default_factory=dict)
+    bytes: dict[str, list[int]] = field(default_factory=dict)
+    backward: bool = True
+    steps: int = 0
+
+
+def step(
+    seen: Steps,
+    network: nn.Module,
+    layers: dict[str, Layer],
+    forward: Callable[[], Any],
+    loss: Callable[[Any], Tensor | None],
+) -> None:
+    """One step of training without the optimizer's; adds to `seen`."""
+    counted = {name: _counter(layer) for name, layer in layers.items()}
+    with torch.enable_grad():
+        output = forward()
+        for name, layer in layers.items():
+            seen.moves.setdefault(name, []).append(_counter(layer) - counted[name])
+        if seen.backward:
+            before = {name: layer.statistics for name, layer in layers.items()}
+            value = loss(output)
+            if value is not None and value.requires_grad:
+                value.backward()
+            for name, layer in layers.items():
+                change = moved(before[name], layer.statistics)
+                if change > 0:
+                    seen.moved_in_backward[name] = max(change, seen.moved_in_backward.get(name, 0.0))
+    for name, module in network.named_modules():
+        tensors = [tensor for _, tensor in held_tensors(module)]
+        seen.nodes.setdefault(name, []).append(graph_nodes(tensors))
+        seen.bytes.setdefault(name, []).append(_bytes(tensors))
+    for parameter in network.parameters():
+        parameter.grad = None
+    seen.steps += 1
+
+
+def default_loss(output: Any) -> Tensor | None:
+    """A scalar whose backward pass runs through the whole model."""
+    tensor = first_tensor(output)
+    return None if tensor is None else tensor.float().square().mean()
+
+
+def graph_nodes(tensors: Iterable[Tensor]) -> int:
+    """How many nodes of autograd's graph the tensors keep alive."""
+    todo = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    found = set(todo)
+    while todo and len(found) < _MOST_NODES:
+        for node, _ in todo.pop().next_functions:
+            if node is not None and node not in found:
+                found.add(node)
+                todo.append(node)
+    return len(found)
+
+
+def may_run_backward(model: nn.Module) -> bool:
+    """Whether a backward pass has no other effect than gradients: no DDP's communication, no optimizer."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return False
+    return not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters())
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    sizes = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def _counter(layer: Layer) -> int:
+    counter = getattr(layer.module, "num_batches_tracked", None)
+    return int(counter) if counter is not None else 0
+
+
+def moved(before: tuple[Tensor, Tensor] | None, after: tuple[Tensor, Tensor] | None) -> float:
+    """The largest change of a mean, in standard deviations, or of a variance, in variances."""
+    if before is None or after is None:
+        return 0.0
+    means = ((after[0] - before[0]) / before[1].clamp_min(1e-12).sqrt()).abs().max()
+    variances = ((after[1] - before[1]) / before[1].clamp_min(1e-12)).abs().max()
+    return float(torch.maximum(means, variances).nan_to_num(0))

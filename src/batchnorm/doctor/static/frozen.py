@@ -1,0 +1,98 @@
+"""Layers that are frozen in part: by their mode, by requires_grad, one without the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+from torch import nn
+
+from batchnorm.doctor.check import Check, check
+from batchnorm.doctor.finding import Finding
+from batchnorm.doctor.subject import Subject
+from batchnorm.model.freeze import affine_is_frozen, is_frozen
+
+
+@check(
+    "BN111",
+    "training mode in an eval model",
+    severity="error",
+    why="Predictions depend on what else is in the batch, and every one of them moves the running "
+    "statistics.",
+    fix="model.eval(), after whatever calls train() on the layer; report.fix('BN111') puts the layer into"
+    " eval mode.",
+    needs_data=False,
+)
+def training_in_eval(check: Check, subject: Subject) -> Iterator[Finding]:
+    if subject.model.training:
+        return
+    for name, layer in _layers(subject):
+        if layer.training and layer is not subject.model:
+            yield check.finding(
+                name,
+                "it is in training mode, in a model that is in eval mode",
+                training=True,
+                model_training=False,
+            )
+
+
+@check(
+    "BN112",
+    "frozen in part",
+    severity="warning",
+    why="A layer with fixed weights whose statistics move still drifts away; one in eval mode whose "
+    "weights learn starts to move its statistics with the next model.train().",
+    fix="bn.freeze(model) or bn.freeze(layer, affine=True) after the layers are chosen: it survives "
+    "train(). report.fix('BN112') freezes the statistics of layers whose weights are fixed.",
+    needs_data=False,
+)
+def in_part(check: Check, subject: Subject) -> Iterator[Finding]:
+    if not subject.model.training:
+        return
+    layers = [(name, layer) for name, layer in _layers(subject) if not is_frozen(layer)]
+    in_eval = [name for name, layer in layers if not layer.training]
+    learning = any(p.requires_grad for p in subject.model.parameters())
+    for name, layer in layers:
+        own = list(layer.parameters(recurse=False))
+        fixed = bool(own) and not any(p.requires_grad for p in own)
+        half = bool(own) and not fixed and not all(p.requires_grad for p in own)
+        if not layer.training:
+            yield check.finding(
+                name,
+                "it is in eval mode, in a model that trains"
+                + (
+                    ": its weights still learn, and the next model.train() lets its statistics move"
+                    if not fixed
+                    else ""
+                ),
+                severity="note" if fixed or not own or len(in_eval) == len(layers) else "warning",
+                training=False,
+                requires_grad=not fixed,
+                layers_in_eval=len(in_eval),
+            )
+        elif fixed and _moves(layer) and not affine_is_frozen(layer):
+            yield check.finding(
+                name,
+                "its weights are fixed (requires_grad=False), and its running statistics move",
+                severity="warning" if learning else "note",
+                training=True,
+                requires_grad=False,
+            )
+        elif half:
+            fixed_names = [n for n, p in layer.named_parameters(recurse=False) if not p.requires_grad]
+            yield check.finding(
+                name,
+                f"only its {fixed_names[0]} is fixed",
+                severity="note",
+                training=True,
+                requires_grad=True,
+            )
+
+
+def _layers(subject: Subject) -> Iterator[tuple[str, nn.Module]]:
+    by_hand = ((name, subject.model.get_submodule(name)) for name in subject.handwritten)
+    return chain(subject.batch_norms.items(), by_hand)
+
+
+def _moves(layer: nn.Module) -> bool:
+    return bool(getattr(layer, "track_running_stats", True)) and getattr(layer, "momentum", None) != 0

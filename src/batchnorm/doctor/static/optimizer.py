@@ -1,0 +1,59 @@
+"""What the optimizer does to batch norms: weight decay on their scales and shifts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from batchnorm.doctor.check import Check, check
+from batchnorm.doctor.finding import Finding
+from batchnorm.doctor.subject import Subject
+
+# Below it the pull is the one of common recipes (SGD with 0.1 and 5e-4, AdamW with 1e-3 and 0.05).
+STRONG_PULL = 1e-4
+
+
+@check(
+    "BN102",
+    "weight decay on gamma or beta",
+    severity="warning",
+    why="A decayed scale regularises nothing, the next layer makes up for it, and it pulls every channel "
+    "towards dead (He et al. 2019, Bag of Tricks, section 3.1).",
+    fix="Give the optimizer bn.parameter_groups(model, weight_decay); report.fix('BN102') moves gamma and"
+    " beta into a group without decay and keeps the optimizer's state.",
+    needs_data=False,
+)
+def weight_decay(check: Check, subject: Subject) -> Iterator[Finding]:
+    if subject.optimizer is None:
+        return
+    groups = {parameter: group for group in subject.optimizer.param_groups for parameter in group["params"]}
+    for name, layer in subject.batch_norms.items():
+        decayed = {
+            own: groups[p]
+            for own, p in layer.named_parameters(recurse=False)
+            if p.requires_grad and p in groups and groups[p].get("weight_decay", 0)
+        }
+        if not decayed:
+            continue
+        group = next(iter(decayed.values()))
+        decay, rate = _number(group["weight_decay"]), _number(group["lr"])
+        pull = decay * rate
+        what = f"weight decay {decay:g} shrinks its {' and '.join(decayed)}"
+        half_life = None
+        if pull > 0:
+            half_life = math.log(2) / pull
+            what += f", by half in {half_life:.2g} steps at lr {rate:g} if no gradient works against it"
+        yield check.finding(
+            name,
+            what,
+            severity="warning" if pull > STRONG_PULL else "note",
+            weight_decay=decay,
+            lr=rate,
+            half_life_steps=half_life,
+        )
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value)

@@ -1,0 +1,119 @@
+"""Numbers that a batch norm was built with: momentum and eps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.doctor.check import Check, check
+from batchnorm.doctor.finding import Finding
+from batchnorm.doctor.subject import Subject
+from batchnorm.model.freeze import is_frozen
+
+HIGH_MOMENTUM, LOW_MOMENTUM = 0.5, 0.001
+LARGE_EPS = 1e-2
+# Below it, a channel that is constant up to rounding is scaled up by more than 1e5.
+SMALL_EPS = 1e-10
+# The share of the first statistics that may be left in a running average without harm.
+_SHARE = 0.01
+
+
+@check(
+    "BN106",
+    "momentum of the other convention",
+    severity="warning",
+    why="torch's momentum is the weight of the new batch, other frameworks' that of the past: 0.9 here "
+    "means statistics of the last batch or two, and 0.001 ones that take thousands of steps to "
+    "arrive.",
+    fix="Use 1 - momentum (0.1 for 0.9, 0.01 for 0.99); report.fix('BN106') does, then recalibrate.",
+    needs_data=False,
+)
+def momentum(check: Check, subject: Subject) -> Iterator[Finding]:
+    for name, seen in subject.handwritten.items():
+        weight = max(kept.momentum for kept in seen.kept)
+        if weight >= HIGH_MOMENTUM:
+            yield check.finding(name, _window(weight), momentum=weight, batches=_batches(weight))
+    for name, layer in subject.batch_norms.items():
+        value = getattr(layer, "momentum", None)
+        if value is None or getattr(layer, "running_mean", None) is None or is_frozen(layer):
+            continue
+        if not 0 <= value <= 1:
+            yield check.finding(
+                name, f"momentum {value:g} is no weight between 0 and 1", severity="error", momentum=value
+            )
+        elif value >= HIGH_MOMENTUM:
+            yield check.finding(name, _window(value), momentum=value, batches=_batches(value))
+        elif value <= LOW_MOMENTUM:
+            seen_batches = _counter(layer)
+            left = (1 - value) ** seen_batches
+            yield check.finding(
+                name,
+                f"momentum {value:g}: {left:.1%} of its first statistics are left ({seen_batches} batches)",
+                severity="note" if left < _SHARE else "warning",
+                momentum=value,
+                batches_seen=seen_batches,
+                share_left=left,
+            )
+
+
+def _window(momentum: float) -> str:
+    return (
+        f"momentum {momentum:.3g} weighs the new batch: the running statistics are those of the last "
+        f"{_batches(momentum):.1f} batches"
+    )
+
+
+def _batches(momentum: float) -> float:
+    """How many batches the average is worth: 1 / sum of squared weights."""
+    return (2 - momentum) / momentum
+
+
+def _counter(layer: _BatchNorm) -> int:
+    counter = getattr(layer, "num_batches_tracked", None)
+    return 0 if counter is None else int(counter)
+
+
+@check(
+    "BN107",
+    "eps too large or too small",
+    severity="warning",
+    why="A large eps shrinks channels of small variance instead of normalising them; one too small for "
+    "the dtype blows up a channel that is constant but for rounding.",
+    fix="Use 1e-5 (torch) or 1e-3 (Keras), and train or fine-tune with it: changed afterwards, it changes"
+    " the outputs.",
+    needs_data=False,
+)
+def eps(check: Check, subject: Subject) -> Iterator[Finding]:
+    for name, layer in subject.batch_norms.items():
+        value = float(layer.eps)
+        if value <= 0:
+            yield check.finding(
+                name,
+                f"eps {value:g}: a channel that is constant in a batch becomes NaN",
+                severity="error",
+                eps=value,
+            )
+        elif value < SMALL_EPS:
+            yield check.finding(
+                name,
+                f"eps {value:g}: a constant channel's rounding errors grow {value**-0.5:.1g} fold",
+                eps=value,
+            )
+        elif value >= LARGE_EPS:
+            share = _share_of_eps(layer, value)
+            scaled = "" if share is None else f", {share:.0%} of the median running variance with it"
+            yield check.finding(
+                name,
+                f"eps {value:g} is large{scaled}",
+                severity="note" if share is not None and share < _SHARE else "warning",
+                eps=value,
+                share_of_variance=share,
+            )
+
+
+def _share_of_eps(layer: _BatchNorm, eps: float) -> float | None:
+    variance = layer.running_var
+    if variance is None or _counter(layer) == 0:
+        return None
+    return eps / (float(variance.float().median()) + eps)

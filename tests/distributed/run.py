@@ -1,0 +1,76 @@
+"""One of a set of processes: `python -m tests.distributed.run RANK PROCESSES FOLDER`.
+
+Starting a process costs seconds, so one set of processes goes through all the cases for its size.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import batchnorm as bn
+from tests.distributed import cases, join_cases, model_cases, training_cases
+from tests.distributed.cases import CASES, C, case
+
+__all__ = ["join_cases", "model_cases", "training_cases"]  # imported for the cases that it registers
+
+
+@case(2)
+def a_process_that_ends() -> None:
+    """The last case: the group is broken after it."""
+    dist.barrier()
+    if dist.get_rank() == 1:
+        raise Ends
+    start = time.perf_counter()
+    with pytest.raises(RuntimeError, match=r"BatchNorm1d: the all-reduce .*ranks \[0, 1\] .*on rank 0"):
+        bn.BatchNorm1d(C, sync=True)(torch.randn(4, C))
+    assert time.perf_counter() - start < 10  # not after the group's timeout
+
+
+class Ends(Exception):
+    """Raised by a process to end, as a case asks for."""
+
+
+def main(rank: int, processes: int, folder: Path) -> None:
+    """Run the cases for this many processes; write each one's failure, or largest error, to a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=processes,
+        timeout=timedelta(seconds=30),
+    )
+    singles = [dist.new_group([alone]) for alone in range(processes)]
+    cases.ALONE = singles[rank]
+    cases.PAIR = dist.new_group([0, 1]) if processes > 2 else None
+    results = {}
+    for name, (function, on) in CASES.items():
+        if processes not in on:
+            continue
+        cases.worst = 0.0
+        start = time.perf_counter()
+        try:
+            function()
+            results[name] = {"worst": cases.worst, "seconds": time.perf_counter() - start}
+        except Ends:
+            results[name] = {}
+        except BaseException:
+            results[name] = {"failure": traceback.format_exc()}
+        (folder / f"{rank}.json").write_text(json.dumps(results))
+        if "seconds" not in results[name]:
+            os._exit(1)  # the others notice at once, wherever they are waiting
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
