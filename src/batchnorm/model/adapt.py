@@ -46,9 +46,10 @@ def adapt(
     `-sum(p * log(p))` of its softmax `p` (Wang et al. 2021, Tent: Fully Test-Time Adaptation by Entropy
     Minimization, section 3).
 
-    Statistics do most of it. On strongly corrupted Fashion-MNIST (`batchnorm why corruption --quick`) they took
-    34.9 points off the error of a small network, even those of 8 images 31.8; a `prior` of 16 and a pass of
-    entropy made that worse, by 19.1 points for 8 images and by 0.9 for all. Try them on labelled data first.
+    Statistics do most of it. On strongly corrupted Fashion-MNIST (`batchnorm why corruption --quick`) they
+    took 34.9 points off the error of a small network, even those of 8 images 31.8; a `prior` of 16 and a pass
+    of entropy made that worse, by 19.1 points for 8 images and by 0.9 for all. Try them on labelled data
+    first.
 
     All this assumes that the classes are about as frequent in the loader as they were in training.
 
