@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.doctor.data.restored import held_tensors
+from batchnorm.doctor.held import held_tensors
 from batchnorm.doctor.subject import Subject
 from batchnorm.model.calling import unwrapped
 from batchnorm.model.freeze import is_frozen
