@@ -155,7 +155,7 @@ class Report:
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write one page that needs nothing else, with a picture for each layer; whole or not at all."""
         from batchnorm.doctor.page import page
-        from batchnorm.lab.files import write_atomically
+        from batchnorm.files import write_atomically
 
         write_atomically(Path(path), page(self).encode())
 
