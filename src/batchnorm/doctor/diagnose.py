@@ -82,7 +82,7 @@ def examine(subject: Subject, progress: bool = False) -> Report:
     from batchnorm.doctor import data, static  # noqa: F401  registers the checks
     from batchnorm.doctor.check import CHECKS
 
-    with_data = bool(subject.batches and (subject.batch_norms or subject.handwritten))
+    with_data = bool(subject.batches and data.layers_of(subject))
     checks = [check for check in CHECKS.values() if with_data or not check.needs_data]
     findings: list[Finding] = []
     with _bar(progress, len(checks) + (data.total_steps(subject) if with_data else 0)) as on_steps:
