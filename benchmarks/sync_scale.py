@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from sync_gloo import show_measured
 
+from batchnorm.files import write_atomically
 from batchnorm.lab import sync_cost
-from batchnorm.lab.files import write_atomically
 from batchnorm.lab.sync_cost import ETHERNET, INFINIBAND, Cost, Network, gathering, ours
 
 CHANNELS = sync_cost.resnet50_channels()

@@ -1,4 +1,4 @@
-"""Models, weights and data by reference: what is found, what is refused, and that nothing is overwritten."""
+"""Models, weights and data by reference: what is found, and what is refused."""
 
 import pickle
 from pathlib import Path
@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from batchnorm.lab.files import check_new_file, write_new_file
+from batchnorm.files import write_new_file
 from batchnorm.lab.references import (
     load_weights,
     make_loader,
@@ -138,17 +138,3 @@ def test_wrong_weights(here: Path) -> None:
         load_weights(model, here / "w.safetensors")
     with pytest.raises(ValueError, match="there is no file"):
         load_weights(model, here / "nowhere.pt")
-
-
-def test_nothing_is_overwritten(here: Path) -> None:
-    (here / "old.pt").write_bytes(b"precious")
-    with pytest.raises(ValueError, match="nothing is overwritten"):
-        check_new_file("--output", here / "old.pt", (".pt",))
-    with pytest.raises(ValueError, match="nothing is overwritten"):
-        write_new_file(here / "old.pt", b"new")
-    assert (here / "old.pt").read_bytes() == b"precious"
-    assert sorted(path.name for path in here.iterdir() if path.suffix != ".py") == ["old.pt"]
-    with pytest.raises(ValueError, match=r"must end in \.pt or \.onnx"):
-        check_new_file("--output", here / "new.bin", (".pt", ".onnx"))
-    with pytest.raises(ValueError, match="cannot be written"):
-        check_new_file("--output", here / "nowhere" / "new.pt", (".pt",))

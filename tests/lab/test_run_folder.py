@@ -1,4 +1,4 @@
-"""The run folder: atomic files, what it refuses, and that a checkpoint comes back whole."""
+"""The run folder: what it writes, what it refuses, and that a checkpoint comes back whole."""
 
 import json
 import os
@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from batchnorm.lab import files
 from batchnorm.lab.data import Dataset, load
-from batchnorm.lab.files import write_atomically
 from batchnorm.lab.recipes import configure
 from batchnorm.lab.run_folder import RunFolder, RunFolderError, default_output
 from batchnorm.lab.train import Training
@@ -160,22 +158,6 @@ def test_a_checkpoint_with_a_bad_configuration(config: Any, training: Training, 
     torch.save({**whole, "config": config}, tmp_path / "checkpoint.pt")
     with pytest.raises(RunFolderError, match="no usable configuration"):
         folder.load()
-
-
-def test_write_atomically_keeps_the_old_file_when_it_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def fail(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files.os, "replace", fail)
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_default_output_names_the_run() -> None:

@@ -11,11 +11,11 @@ import torch
 import typer
 
 from batchnorm.cli.app import app, names, out, progress_bar
+from batchnorm.files import write_atomically
 from batchnorm.lab import bench as benchmark
 from batchnorm.lab import figures, tables
 from batchnorm.lab.bench import CASES, SHAPES
 from batchnorm.lab.bench_nets import measure_nets
-from batchnorm.lab.files import write_atomically
 from batchnorm.lab.recipes import MOST_THREADS, resolve_device
 
 # A step of a network takes longer than a layer's.

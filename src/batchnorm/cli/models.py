@@ -10,10 +10,10 @@ import typer
 from torch import nn
 
 from batchnorm.cli.app import DataDir, app, names, out
+from batchnorm.files import check_new_file, write_new_file
 from batchnorm.lab import references, tables
 from batchnorm.lab.data import DATASETS
 from batchnorm.lab.deploy import WRITERS
-from batchnorm.lab.files import check_new_file, write_new_file
 from batchnorm.lab.processes import as_on_rank_0, joined
 from batchnorm.model import fold as run_fold
 from batchnorm.model import recalibrate as run_recalibrate

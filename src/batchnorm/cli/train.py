@@ -13,11 +13,11 @@ import typer
 
 from batchnorm.checks import first_line
 from batchnorm.cli.app import DataDir, Interrupted, app, names, out, progress_bar
+from batchnorm.files import write_atomically
 from batchnorm.kernels.reference import ACTIVATIONS
 from batchnorm.lab import figures, tables
 from batchnorm.lab.compare import compare as run_comparison
 from batchnorm.lab.data import DATASETS
-from batchnorm.lab.files import write_atomically
 from batchnorm.lab.machine import machine_line
 from batchnorm.lab.nets import NORMS
 from batchnorm.lab.processes import ProcessError, World, is_of_another_process, joined

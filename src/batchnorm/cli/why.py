@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from batchnorm.cli.app import DataDir, Interrupted, app, out, progress_bar
-from batchnorm.lab.files import write_atomically
+from batchnorm.files import write_atomically
 from batchnorm.lab.machine import machine_line
 from batchnorm.lab.why import campaign, registry
 from batchnorm.lab.why.campaign import Outcome

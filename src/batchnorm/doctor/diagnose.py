@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.report import Report
-from batchnorm.doctor.snapshot import Generators, unchanged
+from batchnorm.doctor.snapshot import Generators
 from batchnorm.doctor.subject import Subject
 from batchnorm.model.batch_norms import check_initialized, check_model
 from batchnorm.model.batches import Batches, tqdm_bar
@@ -82,7 +82,7 @@ def examine(subject: Subject, progress: bool = False) -> Report:
     from batchnorm.doctor import data, static  # noqa: F401  registers the checks
     from batchnorm.doctor.check import CHECKS
 
-    with_data = bool(subject.batches and (subject.batch_norms or subject.handwritten))
+    with_data = bool(subject.batches and data.layers_of(subject))
     checks = [check for check in CHECKS.values() if with_data or not check.needs_data]
     findings: list[Finding] = []
     with _bar(progress, len(checks) + (data.total_steps(subject) if with_data else 0)) as on_steps:
@@ -98,8 +98,7 @@ def _observe(subject: Subject, on_steps: Callable[[int], None]) -> list[Finding]
     """Fill `subject.observed`; a forward that failed is a finding."""
     from batchnorm.doctor.data import observe
 
-    with unchanged(subject.model):
-        subject.observed = observe(subject, on_steps)
+    subject.observed = observe(subject, on_steps)
     failure = subject.observed.failure
     return [] if failure is None else [failure]
 

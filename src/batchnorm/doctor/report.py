@@ -48,6 +48,7 @@ class Report:
     def of(cls, subject: Subject, findings: Sequence[Finding]) -> Report:
         from batchnorm.doctor.pictures import pictures_of
 
+        observed = () if subject.observed is None else subject.observed.layers
         places = {name: place for place, (name, _) in enumerate(subject.model.named_modules())}
         ordered = sorted(
             findings,
@@ -55,7 +56,7 @@ class Report:
         )
         return cls(
             type(subject.model).__name__,
-            len(subject.batch_norms) + len(subject.handwritten),
+            len({*subject.batch_norms, *subject.handwritten, *observed}),
             len(subject.batches),
             tuple(ordered),
             tuple(pictures_of(subject)),
@@ -155,7 +156,7 @@ class Report:
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write one page that needs nothing else, with a picture for each layer; whole or not at all."""
         from batchnorm.doctor.page import page
-        from batchnorm.lab.files import write_atomically
+        from batchnorm.files import write_atomically
 
         write_atomically(Path(path), page(self).encode())
 

@@ -1,4 +1,4 @@
-"""A model as it was found, to be put back: tensors, gradients, flags, hooks, classes, random numbers."""
+"""A model as it was found, to be put back: tensors, gradients, containers, flags, hooks, random numbers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
+
+from batchnorm.doctor.held import held_containers, held_tensors
 
 
 class Snapshot:
@@ -34,38 +36,44 @@ class Snapshot:
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, the model and the random numbers are as before at the end."""
+def unchanged(model: nn.Module) -> Iterator[Snapshot]:
+    """Whatever happens inside, the model and the random numbers are as before at the end.
+
+    Yields the snapshot: its `restore` begins afresh in between.
+    """
     snapshot = Snapshot(model)
     try:
-        yield
+        yield snapshot
     finally:
         snapshot.restore()
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters, buffers and tensors that are plain attributes, each once."""
-    found: dict[int, Tensor] = {}
+    """Parameters, and the other tensors that the modules hold, each once."""
+    found: dict[int, Tensor] = {id(parameter): parameter for parameter in model.parameters()}
     for module in model.modules():
-        own = vars(module).values()
-        for tensor in (*module._parameters.values(), *module._buffers.values(), *own):
-            if isinstance(tensor, Tensor):
-                found[id(tensor)] = tensor
+        found |= {id(tensor): tensor for _, tensor in held_tensors(module)}
     return list(found.values())
 
 
 class _Module:
-    """The attributes of one module, and what is in its dictionaries of hooks, tensors and children."""
+    """The attributes of one module, and what its containers hold, those of hooks and children too."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.cls = module, type(module)
         self.attributes = dict(module.__dict__)
-        self.inside = [(value, value.copy()) for value in self.attributes.values() if isinstance(value, dict)]
+        self.containers = [
+            (container, dict(container) if isinstance(container, dict) else list(container))
+            for container in held_containers(module)
+        ]
 
     def restore(self) -> None:
-        for value, content in self.inside:
-            value.clear()
-            value.update(content)
+        for container, content in self.containers:
+            container.clear()
+            if isinstance(container, dict | set):
+                container.update(content)
+            else:
+                container.extend(content)
         self.module.__dict__.clear()
         self.module.__dict__.update(self.attributes)
         if type(self.module) is not self.cls:
@@ -77,16 +85,19 @@ class _Tensor:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.data, self.values = tensor, tensor.data, tensor.detach().clone()
-        self.requires_grad = tensor.requires_grad
+        self.requires_grad, self.is_leaf = tensor.requires_grad, tensor.is_leaf
         self.grad = tensor.grad if tensor.is_leaf else None
         self.grad_values = None if self.grad is None else self.grad.detach().clone()
 
     def restore(self) -> None:
         tensor = self.tensor
         # By `.data`: values that are the same again should not look changed to a graph that saved them.
-        if tensor.dtype != self.data.dtype or tensor.data_ptr() != self.data.data_ptr():
+        now = tensor.dtype, tensor.shape, tensor.data_ptr()
+        if now != (self.data.dtype, self.data.shape, self.data.data_ptr()):
             tensor.data = self.data
         tensor.data.copy_(self.values)
+        if self.is_leaf and not tensor.is_leaf:
+            tensor.detach_()  # an update in place made it part of a graph
         if tensor.is_leaf:
             tensor.requires_grad_(self.requires_grad)
             tensor.grad = self.grad

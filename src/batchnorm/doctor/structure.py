@@ -47,12 +47,13 @@ def calls_of(model: nn.Module) -> list[Call]:
     names = {module: name for name, module in model.named_modules()}
     twins, copied = twins_of(model)
     originals = {twin: module for module, twin in twins.items()}
+    safe = {twins[module] for module in copied}
     calls: list[Call] = []
 
     def follow(module: nn.Module) -> None:
         if not module._modules:
             return
-        graph = _trace(twins[module]) if module in copied else None
+        graph = _trace(twins[module], safe) if module in copied else None
         if graph is not None:
             calls.extend(_calls_in(graph, twins[module], originals, names, is_whole=module is model))
             return
@@ -66,15 +67,24 @@ def calls_of(model: nn.Module) -> list[Call]:
 
 
 class _Tracer(fx.Tracer):
-    """Takes modules without children as leaves: what they compute is theirs."""
+    """Takes modules without children as leaves (what they compute is theirs), and those not safe to run.
+
+    A twin that is no copy in all its parts shares state with the model's module: its code would write there.
+    """
 
     proxy_buffer_attributes = True
 
+    def __init__(self, safe: set[nn.Module]) -> None:
+        super().__init__()
+        self.safe = safe
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if m not in self.safe:
+            return True
         return not m._modules or isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _trace(twin: nn.Module) -> fx.Graph | None:
+def _trace(twin: nn.Module, safe: set[nn.Module]) -> fx.Graph | None:
     try:
         twin.train()
         defaults = {
@@ -82,7 +92,7 @@ def _trace(twin: nn.Module) -> fx.Graph | None:
             for name, parameter in inspect.signature(twin.forward).parameters.items()
             if parameter.default is not inspect.Parameter.empty
         }
-        return quietly(_Tracer(), twin, defaults)
+        return quietly(_Tracer(safe), twin, defaults)
     except Exception:  # whatever a model does that a trace cannot follow
         return None
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from batchnorm.checks import first_line
+from batchnorm.files import TEMPORARY, write_atomically
 from batchnorm.lab import figures
-from batchnorm.lab.files import TEMPORARY, write_atomically
 from batchnorm.lab.machine import machine, versions
 from batchnorm.lab.recipes import Config
 from batchnorm.lab.train import Training

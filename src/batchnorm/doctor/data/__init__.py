@@ -9,6 +9,7 @@ from batchnorm.doctor.data import (  # noqa: F401 - importing registers the chec
     movement,
     running_statistics,
 )
+from batchnorm.doctor.data.layers import layers_of
 from batchnorm.doctor.data.observe import Observed, observe, total_steps
 
-__all__ = ["Observed", "observe", "total_steps"]
+__all__ = ["Observed", "layers_of", "observe", "total_steps"]

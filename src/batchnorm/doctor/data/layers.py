@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.doctor.data.restored import held_tensors
+from batchnorm.doctor.handwritten import Handwritten
+from batchnorm.doctor.held import held_tensors
 from batchnorm.doctor.subject import Subject
 from batchnorm.model.calling import unwrapped
 from batchnorm.model.freeze import is_frozen
@@ -24,12 +25,14 @@ class Layer:
         module: the layer.
         frozen: whether it normalises by its running statistics in training too.
         handmade: whether it is none of torch.nn's and this package's.
+        kept: of a handmade one that was seen to follow the batch: the names of its running mean and variance.
     """
 
     name: str
     module: Any
     frozen: bool
     handmade: bool
+    kept: tuple[str, str] | None = None
 
     @property
     def eps(self) -> float:
@@ -42,6 +45,8 @@ class Layer:
         if not self.handmade:
             mean, var = self.module.running_mean, self.module.running_var
             return None if mean is None or var is None else (mean, var)
+        if self.kept is not None:
+            return getattr(self.module, self.kept[0]), getattr(self.module, self.kept[1])
         return running_of(self.module)
 
     @property
@@ -114,11 +119,17 @@ def layers_of(subject: Subject) -> dict[str, Layer]:
     known = {id(module) for module in subject.batch_norms.values()}
     for name, module in network.named_modules():
         handmade = not isinstance(module, _BatchNorm)
-        if id(module) in known or (handmade and running_of(module) is not None):
+        kept = _kept(subject.handwritten[name]) if name in subject.handwritten else None
+        if id(module) in known or kept is not None or (handmade and running_of(module) is not None):
             frozen = is_frozen(module) if isinstance(module, _BatchNorm) else False
             frozen = frozen or (network.training and not module.training)
-            layers[name] = Layer(name, module, frozen, handmade)
+            layers[name] = Layer(name, module, frozen, handmade, kept)
     return layers
+
+
+def _kept(seen: Handwritten) -> tuple[str, str] | None:
+    names = {kept.statistic: kept.name for kept in seen.kept}
+    return (names["mean"], names["variance"]) if len(names) == 2 else None
 
 
 def running_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:

@@ -15,10 +15,10 @@ from batchnorm.doctor.data.layers import Layer, layers_of
 from batchnorm.doctor.data.noise import Population, population
 from batchnorm.doctor.data.outputs import kept, score
 from batchnorm.doctor.data.padding import Padding
-from batchnorm.doctor.data.restored import restored
 from batchnorm.doctor.data.watch import NotFinite, Pass, Watch
 from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.pictures import LayerPicture
+from batchnorm.doctor.snapshot import unchanged
 from batchnorm.doctor.subject import Subject
 from batchnorm.model.calling import call, evaluating, to_device, unwrapped
 
@@ -118,24 +118,24 @@ class _Observer:
         if not batches:
             return seen
         seen.never_moved = {name for name, layer in layers.items() if layer.never_moved}
-        with restored(self.subject.model):
+        with unchanged(self.subject.model) as found:
             watch = self._pass(by_batch=True)
             seen.by_batch, seen.padding = watch.seen, watch.padding
             seen.largest, seen.rectified = watch.largest, watch.rectified
             self._order()
             seen.populations = {name: population(calls) for name, calls in seen.by_batch.statistics.items()}
             first_bad = watch.not_finite
-        with restored(self.subject.model):
+            found.restore()
             watch = self._pass(by_batch=False)
             seen.by_running = watch.seen
             seen.in_training_mode = watch.in_training_mode - {n for n, one in layers.items() if one.frozen}
             seen.not_finite = watch.not_finite or first_bad
-        if seen.failure is None and seen.not_finite is None:
-            with restored(self.subject.model):
+            if seen.failure is None and seen.not_finite is None:
+                found.restore()
                 self._recalibrate()
-            with restored(self.subject.model):
+                found.restore()
                 self._mates()
-        with restored(self.subject.model):
+            found.restore()
             self._train()
         seen.processes = processes.gather(self.network, seen.populations)
         return seen
@@ -222,6 +222,8 @@ class _Observer:
         """Training steps, without processes: what is synchronised would wait for the others."""
         seen, batches = self.observed.steps, self.subject.batches
         seen.backward = steps.may_run_backward(self.subject.model)
+        for parameter in self.network.parameters():
+            parameter.grad = None
         for layer in self.observed.layers.values():
             _train_alone(layer.module)
         frozen = {name for name, layer in self.observed.layers.items() if layer.frozen}

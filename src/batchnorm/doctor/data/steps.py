@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from batchnorm.doctor.data.layers import Layer
 from batchnorm.doctor.data.outputs import first_tensor
-from batchnorm.doctor.data.restored import held_tensors
+from batchnorm.doctor.held import held_tensors
 
 _MOST_NODES = 100_000
 

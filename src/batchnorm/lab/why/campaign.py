@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from batchnorm.lab.files import write_atomically
+from batchnorm.files import write_atomically
 from batchnorm.lab.machine import machine, versions
 from batchnorm.lab.why import experiment as ground
 from batchnorm.lab.why import theme
