@@ -7,13 +7,24 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from batchnorm.lab.processes import World
 
+
+class _ByUse(typer.core.TyperGroup):
+    """Lists the commands in the order in which people meet them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        order = ("train", "compare", "doctor", "why", "bench", "recalibrate", "fold")
+        return sorted(super().list_commands(ctx), key=order.index)
+
+
 app = typer.Typer(
     name="batchnorm",
+    cls=_ByUse,
     help="Batch normalization done right for PyTorch: verbs on models, and the lab's experiments.",
     add_completion=False,
     no_args_is_help=True,
