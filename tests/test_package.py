@@ -54,7 +54,9 @@ HEAVY = {
     "tqdm",
     "psutil",
     "batchnorm.lab",
+    "batchnorm.doctor",
 }
+ABSENT = HEAVY - {"batchnorm.lab", "batchnorm.doctor"}
 
 
 def in_a_new_process(code: str) -> str:
@@ -68,6 +70,16 @@ def test_the_public_names_are_there_and_listed() -> None:
     assert list(bn.__all__) == sorted(set(bn.__all__))
     for name in bn.__all__:
         assert getattr(bn, name) is not None
+
+
+def test_the_names_that_are_imported_later_are_listed_before() -> None:
+    out = in_a_new_process(
+        "import batchnorm as bn; print(set(bn.__all__) <= set(dir(bn)), 'diagnose' in vars(bn));"
+        "print(bn.diagnose.__module__, 'diagnose' in vars(bn))"
+    )
+    assert out.splitlines() == ["True False", "batchnorm.doctor.diagnose True"]
+    with pytest.raises(AttributeError, match="has no attribute 'diagnosis'"):
+        bn.diagnosis  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_a_star_import_brings_exactly_the_public_names() -> None:
@@ -101,7 +113,7 @@ def test_importing_it_imports_nothing_heavy() -> None:
 
 def test_it_works_where_none_of_them_is_installed_and_changes_nothing_global() -> None:
     out = in_a_new_process(
-        f"import sys; sys.modules.update(dict.fromkeys({sorted(HEAVY - {'batchnorm.lab'})}))\n"
+        f"import sys; sys.modules.update(dict.fromkeys({sorted(ABSENT)}))\n"
         "import torch; torch.manual_seed(3); state = torch.get_rng_state(), torch.get_num_threads()\n"
         "import batchnorm as bn\n"
         "print(torch.equal(torch.get_rng_state(), state[0]), torch.get_num_threads() == state[1])\n"

@@ -1,8 +1,8 @@
 """Batch normalization done right for PyTorch."""
 
-from batchnorm.doctor.diagnose import diagnose
-from batchnorm.doctor.finding import Finding
-from batchnorm.doctor.report import Report
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from batchnorm.functional import batch_norm
 from batchnorm.layers import (
     BatchNorm1d,
@@ -32,6 +32,11 @@ from batchnorm.model import (
 )
 from batchnorm.moments import Moments
 from batchnorm.renorm import Renorm
+
+if TYPE_CHECKING:
+    from batchnorm.doctor.diagnose import diagnose
+    from batchnorm.doctor.finding import Finding
+    from batchnorm.doctor.report import Report
 
 __version__ = "0.1.0"
 
@@ -65,3 +70,21 @@ __all__ = [
     "revert",
     "unfreeze",
 ]
+
+# Imported when first used: training does not need them.
+_LATER = {
+    "diagnose": "batchnorm.doctor.diagnose",
+    "Finding": "batchnorm.doctor.finding",
+    "Report": "batchnorm.doctor.report",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_LATER[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
