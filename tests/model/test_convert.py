@@ -938,7 +938,9 @@ def test_checkpointed(use_reentrant: bool) -> None:
     twin(inputs[0]).sin().sum().backward()
     for a, b in zip(ours.parameters(), twin.parameters(), strict=True):
         assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
-    assert_close(ours.state_dict(), twin.state_dict(), rtol=0, atol=0)
+    # The first of a reentrant checkpoint's two forwards is without gradients: another kernel may be chosen.
+    tolerance = {"rtol": 1e-6, "atol": 1e-7} if use_reentrant else {"rtol": 0, "atol": 0}
+    assert_close(ours.state_dict(), twin.state_dict(), **tolerance)
 
 
 @pytest.mark.parametrize("name", ["resnet basic", "resnet functional"])
