@@ -224,7 +224,10 @@ class RepVGGBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.large, self.small = nn.Sequential(*conv_bn(width, width)), nn.Sequential(*conv_bn(width, width, 1))
+        self.large, self.small = (
+            nn.Sequential(*conv_bn(width, width)),
+            nn.Sequential(*conv_bn(width, width, 1)),
+        )
         self.identity = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -261,10 +264,16 @@ class SimSiam(nn.Module):
             nn.Linear(32, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 32)
         )
 
+    @staticmethod
+    def view(x: Tensor, noise: torch.Generator) -> Tensor:
+        steps = torch.randint(-1, 2, (len(x),), generator=noise)
+        moved = torch.stack([image.roll(int(step), -1) for image, step in zip(x, steps, strict=True)])
+        brightness = 1 + 0.4 * (torch.rand(len(x), 1, 1, 1, generator=noise) - 0.5)
+        return brightness * moved + 0.1 * torch.randn(x.shape, generator=noise)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         noise = torch.Generator().manual_seed(int(x.abs().sum() * 100) % 2**31)
-        other = x.roll(1, -1) + 0.1 * torch.randn(x.shape, generator=noise)
-        one, two = self.encoder(x), self.encoder(other)
+        one, two = (self.encoder(self.view(x, noise)) for _ in range(2))
         return self.predictor(one), self.predictor(two), one.detach(), two.detach()
 
 
@@ -280,7 +289,11 @@ class PointNet(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv1d(3, 24, 1, bias=False), nn.BatchNorm1d(24)
         self.conv2, self.bn2 = nn.Conv1d(24, 48, 1, bias=False), nn.BatchNorm1d(48)
-        self.fc1, self.bn3, self.fc2 = nn.Linear(48, 32, bias=False), nn.BatchNorm1d(32), nn.Linear(32, classes)
+        self.fc1, self.bn3, self.fc2 = (
+            nn.Linear(48, 32, bias=False),
+            nn.BatchNorm1d(32),
+            nn.Linear(32, classes),
+        )
 
     def forward(self, points: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(points)))

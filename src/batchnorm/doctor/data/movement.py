@@ -103,15 +103,18 @@ def moved_again(check: Check, subject: Subject) -> Iterator[Finding]:
         name, moves, (shift, chance, _), kind = grave[0]
         yield check.finding(
             name,
-            f"statistics move {moves} times per step {kind}, here and in {len(grave) - 1} layers after it: "
-            f"the "
-            f"means of two forwards differ by {shift:.2g} std (chance {chance:.2g})",
+            f"statistics move {moves} times per step {kind}{_and_after(len(grave) - 1)}: the means of two "
+            f"forwards differ by {shift:.2g} std (chance {chance:.2g})",
             effect=shift,
             standard_error=chance,
             noise_alone=chance,
             moves=moves,
             layers=len(grave),
         )
+
+
+def _and_after(layers: int) -> str:
+    return "" if layers == 0 else f", here and in {layers} layer{'s' * (layers > 1)} after it"
 
 
 def _compare_calls(calls: list[BatchStatistics], batch_of: list[int]) -> tuple[float, float, float] | None:
