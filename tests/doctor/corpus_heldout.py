@@ -1,4 +1,4 @@
-"""A corpus written after the doctor, from its documentation alone, by someone who had not seen the first one."""
+"""A corpus written after the doctor, from its documentation, by someone who had not seen the first one."""
 
 from __future__ import annotations
 
@@ -85,6 +85,20 @@ def _videos() -> tuple[Tensor, Tensor]:
     return torch.stack([x.roll(step, -1) for step in range(4)], 2), y
 
 
+def _views() -> tuple[Tensor, Tensor]:
+    """Two augmented versions of every digit: moved, brighter or darker, noisy."""
+    x, y = dataset("digits")
+    noise = torch.Generator().manual_seed(6)
+
+    def view() -> Tensor:
+        steps = torch.randint(-1, 2, (len(x),), generator=noise).tolist()
+        moved = torch.stack([image.roll(step, -1) for image, step in zip(x, steps, strict=True)])
+        brightness = 0.8 + 0.4 * torch.rand(len(x), 1, 1, 1, generator=noise)
+        return brightness * moved + 0.1 * torch.randn(x.shape, generator=noise)
+
+    return torch.stack([view(), view()], 1), y
+
+
 def _words() -> tuple[Tensor, Tensor]:
     """Sentences of 4 to 24 words, zeros behind them."""
     noise = torch.Generator().manual_seed(5)
@@ -103,6 +117,7 @@ _DATA: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "points": _points,
     "videos": _videos,
     "words": _words,
+    "views": _views,
 }
 
 
@@ -165,7 +180,7 @@ RECIPES: dict[str, tuple[Callable[[], nn.Module], str, int, int, Any, Any]] = {
     "rep vgg": (nets.rep_vgg, "digits", 64, 4, sgd, cross_entropy),
     "rep vgg, half trained": (nets.rep_vgg, "digits", 64, 2, sgd, cross_entropy),
     "rep vgg, ten steps": (nets.rep_vgg, "digits", 256, 2, sgd, cross_entropy),
-    "simsiam": (nets.SimSiam, "digits", 64, 3, sgd, nets.simsiam_loss),
+    "simsiam": (nets.SimSiam, "views", 64, 3, sgd, nets.simsiam_loss),
     "point net": (nets.PointNet, "points", 64, 6, adam, cross_entropy),
     "video": (nets.video_net, "videos", 64, 2, adam, cross_entropy),
     "text": (nets.TextNet, "words", 64, 4, adam, cross_entropy),

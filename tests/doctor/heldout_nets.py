@@ -264,16 +264,8 @@ class SimSiam(nn.Module):
             nn.Linear(32, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 32)
         )
 
-    @staticmethod
-    def view(x: Tensor, noise: torch.Generator) -> Tensor:
-        steps = torch.randint(-1, 2, (len(x),), generator=noise)
-        moved = torch.stack([image.roll(int(step), -1) for image, step in zip(x, steps, strict=True)])
-        brightness = 1 + 0.4 * (torch.rand(len(x), 1, 1, 1, generator=noise) - 0.5)
-        return brightness * moved + 0.1 * torch.randn(x.shape, generator=noise)
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        noise = torch.Generator().manual_seed(int(x.abs().sum() * 100) % 2**31)
-        one, two = (self.encoder(self.view(x, noise)) for _ in range(2))
+        one, two = self.encoder(x[:, 0]), self.encoder(x[:, 1])
         return self.predictor(one), self.predictor(two), one.detach(), two.detach()
 
 
