@@ -10,6 +10,7 @@ from torch import Tensor
 
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.data.layers import trains
+from batchnorm.doctor.data.mates import samples_in
 from batchnorm.doctor.data.noise import BatchStatistics, Population, mean_and_error
 from batchnorm.doctor.data.observe import Observed
 from batchnorm.doctor.finding import Finding, Severity
@@ -41,7 +42,12 @@ def too_few_values(check: Check, subject: Subject) -> Iterator[Finding]:
         if observed.layers[name].frozen:
             continue
         smallest = min(calls, key=lambda call: call.values)
-        share, error = _noise(calls, observed.populations[name])
+        of_batches = [samples_in(batch) for batch in subject.batches]
+        has_tokens = any(
+            call.images != of_batches[number]
+            for call, number in zip(calls, observed.by_batch.batch_of[name], strict=True)
+        )
+        share, error = _noise(calls, observed.populations[name], has_tokens)
         per_image = 1 / share if share > 0 else math.inf
         effective = min(smallest.values, max(1.0, smallest.images * per_image))
         if effective >= _FEW:
@@ -70,19 +76,21 @@ def too_few_values(check: Check, subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _noise(calls: list[BatchStatistics], seen: Population) -> tuple[float, float]:
+def _noise(calls: list[BatchStatistics], seen: Population, has_tokens: bool) -> tuple[float, float]:
     """The variance of a mean of one image by that of the values, over the channels; its standard error.
 
-    Between images it is unbiased also where a batch has two; where a batch has one, between batches.
+    Between images it is unbiased also where a batch has two; where a batch has one, between batches. So too
+    where an image is several rows (tokens, one by one): they are no more independent than its pixels.
     """
     varies = ~constant(seen)
     if not bool(varies.any()):
         return 0.0, 0.0
     several = [call for call in calls if call.images > 1]
-    if several:
+    if several and not (has_tokens and seen.batches > 1):
         shares = [float((call.mean_noise * call.images / seen.var)[varies].mean()) for call in several]
     else:
-        shares = [float((seen.mean_noise / seen.var)[varies].mean())]
+        rows = math.fsum(call.images for call in calls) / len(calls)
+        shares = [rows * float((seen.mean_noise / seen.var)[varies].mean())]
     share, error = mean_and_error(shares)
     return share, 0.0 if math.isnan(error) else error
 
@@ -99,8 +107,7 @@ def constant(seen: Population) -> Tensor:
     why="A channel without variance is divided by sqrt(eps): it carries nothing, and noise is multiplied "
     "by 300.",
     fix="Look for dead filters, zeroed inputs or a bias alone before the layer; prune the channels or "
-    "initialise "
-    "them again.",
+    "initialise them again.",
     needs_data=True,
 )
 def constant_channels(check: Check, subject: Subject) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.data.layers import trains
+from batchnorm.doctor.data.mates import samples_in
 from batchnorm.doctor.data.noise import BatchStatistics
 from batchnorm.doctor.data.observe import Observed
 from batchnorm.doctor.data.outputs import labels
@@ -80,14 +81,19 @@ def ordered_batches(check: Check, subject: Subject) -> Iterator[Finding]:
         if found is not None and _is_beyond(*found):
             yield _finding(check, "classes", severity, *found, classes=_per_batch(known))
             return
-    # In eval mode a sample is not changed by its batch, so the samples of every layer can be shuffled.
+    # In eval mode a sample is not changed by its batch, so the samples of every layer can be shuffled: of
+    # those with a row per sample. Tokens of one sample are alike, and always in one batch.
+    sizes = [samples_in(batch) for batch in subject.batches]
     worst = None
     for name, calls in observed.by_running.statistics.items():
-        found = _between(_first_calls(calls, observed.by_running.batch_of[name]))
+        first = _first_calls(calls, observed.by_running.batch_of[name])
+        if any(len(rows) != sizes[number] for number, rows in first.items()):
+            continue
+        found = _between(list(first.values()))
         if found is not None and _is_beyond(*found) and (worst is None or found[0] / found[1] > worst[1]):
             worst = name, found[0] / found[1], found
     if worst is not None:
-        yield _finding(check, f"images at {worst[0]!r}", severity, *worst[2], seen_at=worst[0])
+        yield _finding(check, f"inputs of {worst[0]!r}", severity, *worst[2], seen_at=worst[0])
 
 
 def _finding(
@@ -102,8 +108,8 @@ def _finding(
     seen_at: str | None = None,
 ) -> Finding:
     text = (
-        f"the {what} differ between batches {effect / chance:.3g} times as much as between random ones "
-        f"({(effect - chance) / spread:.0f} standard deviations of shuffled ones)"
+        f"{what} differ between batches {effect / chance:.3g} times as much as in shuffled "
+        f"data ({(effect - chance) / spread:.0f} standard deviations beyond chance)"
     )
     if classes is not None:
         text += f"; a batch has {classes:.1f} classes on average"
@@ -119,13 +125,13 @@ def _finding(
     )
 
 
-def _first_calls(calls: list[BatchStatistics], batch_of: list[int]) -> list[Tensor]:
-    """What each batch gave in its first call, in units that the channels share."""
+def _first_calls(calls: list[BatchStatistics], batch_of: list[int]) -> dict[int, Tensor]:
+    """What each batch gave in its first call, in units that the channels share, by the batch's number."""
     first: dict[int, BatchStatistics] = {}
     for call, batch in zip(calls, batch_of, strict=True):
         first.setdefault(batch, call)
     scale = torch.stack([call.var for call in first.values()]).mean(0).clamp_min(1e-12).sqrt()
-    return [call.pooled.double() / scale for call in first.values()]
+    return {number: call.pooled.double() / scale for number, call in first.items()}
 
 
 def _between(batches: list[Tensor]) -> tuple[float, float, float] | None:

@@ -12,8 +12,9 @@ from batchnorm.doctor.data.observe import Observed
 from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.subject import Subject
 
-# Squared difference of two calls' means by that of two independent batches, which is 1 on average.
-_SAME_BATCH, _OTHER_DATA = 0.3, 4.0
+# Squared difference of two calls' means by that of two independent batches, which is 1 on average; and of an
+# image's means in both by that of two images. Two views of an image (SimCLR, SimSiam) are further apart.
+_SAME_BATCH, _SAME_IMAGE, _OTHER_DATA = 0.3, 0.01, 4.0
 _OTHER_DATA_SHIFT = 0.3
 
 
@@ -91,11 +92,12 @@ def moved_again(check: Check, subject: Subject) -> Iterator[Finding]:
     grave = []
     for name, calls in observed.by_batch.statistics.items():
         moves = min(observed.steps.moves.get(name, []), default=0)
-        comparison = _compare_calls(calls, observed.by_batch.batch_of[name])
+        pairs = _first_two_calls(calls, observed.by_batch.batch_of[name])
+        comparison = _compare_calls(pairs)
         if moves < 2 or comparison is None:
             continue
         shift, chance, likeness = comparison
-        if likeness < _SAME_BATCH:
+        if likeness < _SAME_BATCH and _images_differ(pairs) < _SAME_IMAGE:
             grave.append((name, moves, comparison, "for the same batch"))
         elif likeness > _OTHER_DATA and shift > _OTHER_DATA_SHIFT:
             grave.append((name, moves, comparison, "for data that differ"))
@@ -103,9 +105,8 @@ def moved_again(check: Check, subject: Subject) -> Iterator[Finding]:
         name, moves, (shift, chance, _), kind = grave[0]
         yield check.finding(
             name,
-            f"statistics move {moves} times per step {kind}, here and in {len(grave) - 1} layers after it: "
-            f"the "
-            f"means of two forwards differ by {shift:.2g} std (chance {chance:.2g})",
+            f"statistics move {moves} times per step {kind}{_and_after(len(grave) - 1)}: the means of two "
+            f"forwards differ by {shift:.2g} std (chance {chance:.2g})",
             effect=shift,
             standard_error=chance,
             noise_alone=chance,
@@ -114,20 +115,45 @@ def moved_again(check: Check, subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _compare_calls(calls: list[BatchStatistics], batch_of: list[int]) -> tuple[float, float, float] | None:
-    """How the means of a batch's first two calls differ: in std, by chance, and the squared ratio of both."""
-    shifts, chances = [], []
+def _and_after(layers: int) -> str:
+    return "" if layers == 0 else f", here and in {layers} layer{'s' * (layers > 1)} after it"
+
+
+Pair = tuple[BatchStatistics, BatchStatistics]
+
+
+def _first_two_calls(calls: list[BatchStatistics], batch_of: list[int]) -> list[Pair]:
+    """What each batch gave in its first two calls, where it had two whose noise is known."""
+    pairs = []
     for number in sorted(set(batch_of)):
-        first, *rest = [call for call, of in zip(calls, batch_of, strict=True) if of == number]
-        if not rest or math.isnan(float(first.mean_noise.sum() + rest[0].mean_noise.sum())):
-            continue
-        scale = ((first.var + rest[0].var) / 2).clamp_min(1e-12)
-        shifts.append(rms((first.mean - rest[0].mean) / scale.sqrt()))
-        chances.append(rms(((first.mean_noise + rest[0].mean_noise) / scale).sqrt()))
-    if not shifts:
+        of_batch = [call for call, of in zip(calls, batch_of, strict=True) if of == number]
+        if len(of_batch) > 1 and not math.isnan(float(sum(call.mean_noise.sum() for call in of_batch[:2]))):
+            pairs.append((of_batch[0], of_batch[1]))
+    return pairs
+
+
+def _compare_calls(pairs: list[Pair]) -> tuple[float, float, float] | None:
+    """How the means of a batch's first two calls differ: in std, by chance, and the squared ratio of both."""
+    if not pairs:
         return None
+    shifts, chances = [], []
+    for first, second in pairs:
+        scale = ((first.var + second.var) / 2).clamp_min(1e-12)
+        shifts.append(rms((first.mean - second.mean) / scale.sqrt()))
+        chances.append(rms(((first.mean_noise + second.mean_noise) / scale).sqrt()))
     shift, chance = mean_and_error(shifts)[0], mean_and_error(chances)[0]
     return shift, chance, (shift / max(chance, 1e-12)) ** 2
+
+
+def _images_differ(pairs: list[Pair]) -> float:
+    """The squared difference of an image's means in both calls by that of two images; 1 for other images."""
+    same = [(a.pooled, b.pooled) for a, b in pairs if a.pooled.shape == b.pooled.shape]
+    if not same:
+        return math.inf
+    differ = sum((a - b).square().mean(0) for a, b in same)
+    spread = sum(a.var(0) + b.var(0) for a, b in same)
+    varies = spread > 1e-12
+    return float((differ[varies] / spread[varies]).mean()) if bool(varies.any()) else 0.0
 
 
 @check(

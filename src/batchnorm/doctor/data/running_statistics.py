@@ -21,6 +21,8 @@ from batchnorm.doctor.subject import Subject
 # In standard deviations, and in logarithms of a ratio: over all channels of a layer, and of one channel.
 MEAN_SHIFT, ONE_MEAN_SHIFT = 0.3, 1.5
 LOG_RATIO, ONE_LOG_RATIO = math.log(2), math.log(6)
+# Of the first statistics, a share that is worth a word.
+_MANY_LEFT = 0.05
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,15 @@ def _beyond(effect: float, by_chance: float, threshold: float) -> bool:
     return math.sqrt(max(0.0, effect**2 - by_chance**2)) > threshold and effect > 3 * by_chance
 
 
+def _first_values_left(layer: Layer) -> float:
+    """The share of the values before the first batch in an exponential average: (1 - momentum)^batches."""
+    counter = getattr(layer.module, "num_batches_tracked", None)
+    momentum = getattr(layer.module, "momentum", None)
+    if layer.handmade or counter is None or momentum is None:
+        return 0.0
+    return float((1 - momentum) ** int(counter))
+
+
 def _mismatches(observed: Observed) -> dict[str, Mismatch]:
     found = {}
     for name, seen in observed.populations.items():
@@ -132,6 +143,9 @@ def running_against_population(check: Check, subject: Subject) -> Iterator[Findi
             f"{math.exp(one.log_by_chance):.2g}); channel {one.worst}: {one.worst_shift:+.2g} std, factor "
             f"{one.worst_ratio:.2g}"
         )
+        left = _first_values_left(observed.layers[name])
+        if left > _MANY_LEFT:
+            what += f"; {left:.0%} of its statistics are still the first ones: it has seen few batches"
         yield check.finding(name, what, severity=severity, **_evidence(one), **closed(observed))
 
 
