@@ -288,7 +288,7 @@ def test_resume_refuses_other_options_and_repeats_a_finished_run(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
 
 
-LONG = ["--data", "digits", "--epochs", "6", "--train-samples", "600", "--test-samples", "100"]
+LONG = ["--data", "digits", "--epochs", "6", "--train-samples", "1400", "--test-samples", "100"]
 
 
 @pytest.fixture(scope="module")
