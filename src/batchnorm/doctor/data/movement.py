@@ -150,8 +150,8 @@ def _images_differ(pairs: list[Pair]) -> float:
     same = [(a.pooled, b.pooled) for a, b in pairs if a.pooled.shape == b.pooled.shape]
     if not same:
         return math.inf
-    differ = sum((a - b).square().mean(0) for a, b in same)
-    spread = sum(a.var(0) + b.var(0) for a, b in same)
+    differ = torch.stack([(a - b).square().mean(0) for a, b in same]).sum(0)
+    spread = torch.stack([a.var(0) + b.var(0) for a, b in same]).sum(0)
     varies = spread > 1e-12
     return float((differ[varies] / spread[varies]).mean()) if bool(varies.any()) else 0.0
 
