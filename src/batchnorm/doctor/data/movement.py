@@ -6,6 +6,8 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import torch
+
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.data.noise import BatchStatistics, mean_and_error, rms
 from batchnorm.doctor.data.observe import Observed
