@@ -23,7 +23,7 @@ import batchnorm as bn
 from batchnorm.doctor.check import CHECKS
 from batchnorm.doctor.report import Report
 
-CORPORA = ("tests.doctor.corpus", "tests.doctor.corpus_data")
+CORPORA = ("tests.doctor.corpus", "tests.doctor.corpus_data", "tests.doctor.corpus_heldout")
 
 
 def diagnosed(make) -> Report:  # type: ignore[no-untyped-def]
