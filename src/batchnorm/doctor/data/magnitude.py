@@ -47,8 +47,8 @@ def cancellation(check: Check, subject: Subject) -> Iterator[Finding]:
         share = float((ratios > _NO_DIGITS).double().mean())
         yield check.finding(
             name,
-            f"|mean|/std is {ratio:.2g} in channel {channel}: a one-pass variance in float32 "
-            f"{_lost(ratio)}, bfloat16 inputs are rounded to {2**-8 * ratio:.2g} std",
+            f"|mean|/std is {float(f'{ratio:.2g}'):,.0f} in channel {channel}: a one-pass variance in "
+            f"float32 {_lost(ratio)}, bfloat16 inputs are rounded to {2**-8 * ratio:.2g} std",
             severity="warning" if ratio > _NO_DIGITS else "note",
             effect=ratio,
             standard_error=error,

@@ -139,8 +139,8 @@ def running_against_population(check: Check, subject: Subject) -> Iterator[Findi
         what = (
             f"running statistics are off by {one.mean_shift:.2g} std in the mean (chance "
             f"{one.mean_by_chance:.2g})"
-            f" and a factor {math.exp(one.log_ratio):.2g} in the variance (chance "
-            f"{math.exp(one.log_by_chance):.2g}); channel {one.worst}: {one.worst_shift:+.2g} std, factor "
+            f" and a factor {math.exp(one.log_ratio):.3g} in the variance (chance "
+            f"{math.exp(one.log_by_chance):.3g}); channel {one.worst}: {one.worst_shift:+.2g} std, factor "
             f"{one.worst_ratio:.2g}"
         )
         left = _first_values_left(observed.layers[name])

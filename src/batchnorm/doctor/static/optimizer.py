@@ -44,7 +44,8 @@ def weight_decay(check: Check, subject: Subject) -> Iterator[Finding]:
         half_life = None
         if pull > 0:
             half_life = math.log(2) / pull
-            what += f", by half in {half_life:.2g} steps at lr {rate:g} if no gradient works against it"
+            steps = f"{float(f'{half_life:.2g}'):,.0f}"
+            what += f", by half in {steps} steps at lr {rate:g} if no gradient works against it"
         yield check.finding(
             name,
             what,
