@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -37,8 +39,6 @@ DataDir = Annotated[
     str | None,
     typer.Option(help="Folder with the IDX files.  [default: $BATCHNORM_DATA, else downloaded]"),
 ]
-
-
 _FOR_PROCESSES = ("train", "recalibrate")
 
 
@@ -54,16 +54,24 @@ def main(context: typer.Context) -> None:
         )
 
 
+def check_writable(option: str, path: Path | None) -> None:
+    """Raise ValueError unless a file of that path, if any, can be written: before any work is done."""
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise ValueError(f"{option} {path} cannot be written: give a file in a folder that can be written to")
+
+
 class Interrupted(Exception):
     """Ctrl-C, with what to do next."""
 
 
 def names(choices: Any) -> str:
+    """The choices as a help text or an error lists them."""
     return ", ".join(choices)
 
 
 @contextmanager
 def progress_bar(steps: int, what: str) -> Iterator[Any]:
+    """A bar of so many steps, where there is a terminal; yields what to call with the steps that are done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
         task = progress.add_task(what, total=steps)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from batchnorm.cli.app import app, names, out, progress_bar
+from batchnorm.cli.app import app, check_writable, names, out, progress_bar
 from batchnorm.files import write_atomically
 from batchnorm.lab import bench as benchmark
 from batchnorm.lab import figures, tables
@@ -58,8 +57,8 @@ def bench(
     pairs = benchmark.pairs(benchmark.parse_cases(cases), benchmark.parse_shapes(shapes, device))
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds {seconds} must be above 0 and finite")
-    _check_file("--json", json_file)
-    _check_file("--plot", plot)
+    check_writable("--json", json_file)
+    check_writable("--plot", plot)
     if threads is not None:
         _set_threads(threads)
     if compiled and on_cpu and not benchmark.has_cpp_compiler():
@@ -85,11 +84,6 @@ def _bench_device(device: str) -> str:
     if torch.device(device).type not in ("cpu", "cuda"):
         raise ValueError(f"bench cannot time the device {device!r}: use cpu or cuda")
     return device
-
-
-def _check_file(option: str, path: Path | None) -> None:
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise ValueError(f"{option} {path} cannot be written: give a file in a folder that can be written to")
 
 
 def _set_threads(threads: int) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from batchnorm.cli.app import DataDir, app, names, out
+from batchnorm.cli.app import DataDir, app, check_writable, names, out
 from batchnorm.cli.models import DATA_HELP, ModelReference, Standardize, Weights, load_model
 from batchnorm.doctor.diagnose import diagnose
 from batchnorm.doctor.finding import SEVERITIES
@@ -35,8 +34,7 @@ def doctor(
     """Find what is wrong with a model's batch norms: exit code 0 is healthy, 1 findings, 2 wrong usage."""
     if fail_on not in SEVERITIES:
         raise ValueError(f"--fail-on {fail_on!r} must be one of {names(SEVERITIES)}")
-    if html is not None and (html.is_dir() or not os.access(html.parent, os.W_OK)):
-        raise ValueError(f"--html {html} cannot be written: give a file in a folder that can be written to")
+    check_writable("--html", html)
     net = load_model(model, weights)
     loader = None
     if data is not None:
@@ -50,9 +48,5 @@ def doctor(
     out.print(report.to_json() if as_json else str(report))
     if html is not None:
         report.to_html(html)
-    grave = [finding for finding in report.findings if _rank(finding.severity) >= _rank(fail_on)]
-    return FOUND if grave else 0
-
-
-def _rank(severity: str) -> int:
-    return [*SEVERITIES].index(severity)  # type: ignore[arg-type]
+    grave = SEVERITIES[SEVERITIES.index(fail_on) :]
+    return FOUND if report.worst in grave else 0

@@ -107,6 +107,7 @@ def fold(
 
 
 def load_model(reference: str, weights: Path | None) -> nn.Module:
+    """What the factory makes, with the weights of a file where there is one."""
     model = references.make_model(reference)
     if weights is not None:
         references.load_weights(model, weights)

@@ -38,13 +38,17 @@ Find = Callable[[Check, Subject], Iterator[Finding]]
 def check(
     code: str, title: str, *, severity: Severity, why: str, fix: str, needs_data: bool
 ) -> Callable[[Find], Find]:
-    """Register a function `(check, subject) -> findings` under its code."""
+    """Register a function `(check, subject) -> findings` under its code; `needs_data`: what was observed."""
 
     def register(find: Find) -> Find:
         if code in CHECKS:
             raise ValueError(f"two checks have the code {code}")
         entry = Check(code, title, severity, why, fix, needs_data, lambda subject: ())
-        CHECKS[code] = replace(entry, find=lambda subject: find(entry, subject))
+
+        def find_with_what_it_needs(subject: Subject) -> Iterable[Finding]:
+            return () if needs_data and subject.observed is None else find(entry, subject)
+
+        CHECKS[code] = replace(entry, find=find_with_what_it_needs)
         return find
 
     return register

@@ -87,20 +87,11 @@ def examine(subject: Subject, progress: bool = False) -> Report:
     findings: list[Finding] = []
     with _bar(progress, len(checks) + (data.total_steps(subject) if with_data else 0)) as on_steps:
         if with_data:
-            findings += _observe(subject, on_steps)
+            subject.observed = data.observe(subject, on_steps)
         for check in checks:
             findings += check.find(subject)
             on_steps(1)
     return Report.of(subject, findings)
-
-
-def _observe(subject: Subject, on_steps: Callable[[int], None]) -> list[Finding]:
-    """Fill `subject.observed`; a forward that failed is a finding."""
-    from batchnorm.doctor.data import observe
-
-    subject.observed = observe(subject, on_steps)
-    failure = subject.observed.failure
-    return [] if failure is None else [failure]
 
 
 @contextmanager

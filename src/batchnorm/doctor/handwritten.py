@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.doctor.held import graph_nodes
 from batchnorm.moments import Moments
 
 _SAMPLES = 16
@@ -192,11 +193,11 @@ def _seen(module: nn.Module, channels: int, shape: tuple[int, ...], channel_dim:
                 break
     if not kept:
         return None
-    first = _graph_nodes(_state(twin).values())
+    first = graph_nodes(_state(twin).values())
     for _ in range(_STEPS - 1):
         twin(_input(module, shape, channel_dim).requires_grad_())
     shift = y.detach().mean([dim for dim in range(y.ndim) if dim != channel_dim])
-    return Handwritten(channels, tuple(kept), (first, _graph_nodes(_state(twin).values())), shift)
+    return Handwritten(channels, tuple(kept), (first, graph_nodes(_state(twin).values())), shift)
 
 
 def _momentum(before: Tensor, after: Tensor, target: Tensor) -> float | None:
@@ -210,16 +211,3 @@ def _momentum(before: Tensor, after: Tensor, target: Tensor) -> float | None:
         moved, momentum * towards, rtol=_TOLERANCE, atol=_TOLERANCE * float(moved.abs().max())
     )
     return momentum if fits and 0 < momentum <= 1 + _TOLERANCE else None
-
-
-def _graph_nodes(tensors: Any) -> int:
-    """Nodes of the autograd graph that the tensors hold on to."""
-    seen: set[Any] = set()
-    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        waiting += [following for following, _ in node.next_functions if following is not None]
-    return len(seen)

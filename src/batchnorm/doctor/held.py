@@ -1,14 +1,15 @@
-"""What a module itself holds beside its Parameters: tensors, also inside containers, and the containers."""
+"""What a module itself holds beside its Parameters: tensors, containers, and the graph behind the tensors."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 _DEPTH = 3
+_MOST_NODES = 100_000
 
 
 def held_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -29,6 +30,18 @@ def held_containers(module: nn.Module) -> Iterator[Any]:
         for _, held in _within(name, value, _DEPTH):
             if isinstance(held, list | dict | set | deque):
                 yield held
+
+
+def graph_nodes(tensors: Iterable[Tensor]) -> int:
+    """How many nodes of autograd's graph the tensors keep alive."""
+    pending = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    found = set(pending)
+    while pending and len(found) < _MOST_NODES:
+        for node, _ in pending.pop().next_functions:
+            if node is not None and node not in found:
+                found.add(node)
+                pending.append(node)
+    return len(found)
 
 
 def _within(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:

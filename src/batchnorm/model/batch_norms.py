@@ -53,6 +53,12 @@ def has_statistics(layer: _BatchNorm) -> bool:
     return layer.running_mean is not None and layer.running_var is not None
 
 
+def batches_counted(module: nn.Module) -> int | None:
+    """How many batches are in the running statistics by the layer's counter; None where it has none."""
+    counter = getattr(module, "num_batches_tracked", None)
+    return None if counter is None else int(counter)
+
+
 def quoted(module: nn.Module, name: str) -> str:
     """Class and qualified name, as in `BatchNorm2d 'features.1'`."""
     return f"{type(module).__name__} {name!r}" if name else type(module).__name__

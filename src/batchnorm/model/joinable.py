@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.distributed.algorithms.join import Joinable as TorchJoinable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.model.batch_norms import check_model, quoted
+from batchnorm.model.nested import tensors_in
 
 
 class Joinable(nn.Module, TorchJoinable):
@@ -89,7 +89,7 @@ class _EmptyBatches(JoinHook):
             )
         args, kwargs = self.joinable._empty
         self.joinable.model.zero_grad()  # DistributedDataParallel would add what is there once more
-        outputs = [y for y in _tensors(self.joinable.model(*args, **kwargs)) if y.requires_grad]
+        outputs = [y for y in tensors_in(self.joinable.model(*args, **kwargs)) if y.requires_grad]
         torch.autograd.backward([y.sum() for y in outputs])
 
     @torch.no_grad()
@@ -120,13 +120,3 @@ def _emptied(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _emptied(item) for key, item in value.items()}
     return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))

@@ -49,7 +49,7 @@ class Watch:
 
     def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, _BatchNorm)
-        x, mask = _input(layer, args, kwargs)
+        x, mask = input_of(layer, args, kwargs)
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
             return  # the layer itself says what is wrong
         channel_dim = checks.resolve_channel_dim(x, getattr(layer, "channel_dim", 1))
@@ -90,8 +90,8 @@ class Watch:
             )
 
 
-def _input(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
-    """The input and the mask in the arguments of a layer's call: `(x, residual, mask)` for ours."""
+def input_of(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
+    """The input and the mask in the arguments of a batch norm's call: `(x, residual, mask)` for ours."""
     x = args[0] if args else kwargs.get("x", kwargs.get("input"))
     if not hasattr(layer, "channel_dim"):
         return x, None

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.data.layers import trains
-from batchnorm.doctor.data.mates import samples_in
 from batchnorm.doctor.data.noise import BatchStatistics, Population, mean_and_error
 from batchnorm.doctor.data.observe import Observed
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.subject import Subject
+from batchnorm.model.nested import samples_in
 
 # Fewer independent values put the batch's mean off by half a standard deviation or more; a quarter.
 _TOO_FEW, _FEW = 4.0, 16.0
@@ -35,9 +35,7 @@ _IMAGES_FOR_DEAD = 60
     needs_data=True,
 )
 def too_few_values(check: Check, subject: Subject) -> Iterator[Finding]:
-    observed: Observed | None = subject.observed
-    if observed is None:
-        return
+    observed: Observed = subject.observed
     for name, calls in observed.by_batch.statistics.items():
         if observed.layers[name].frozen:
             continue
@@ -111,9 +109,7 @@ def constant(seen: Population) -> Tensor:
     needs_data=True,
 )
 def constant_channels(check: Check, subject: Subject) -> Iterator[Finding]:
-    observed: Observed | None = subject.observed
-    if observed is None:
-        return
+    observed: Observed = subject.observed
     for name, seen in observed.populations.items():
         bad = constant(seen)
         if bool(bad.any()) and sum(call.values for call in observed.by_batch.statistics[name]) > 2:
@@ -138,9 +134,7 @@ def constant_channels(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=True,
 )
 def dead_channels(check: Check, subject: Subject) -> Iterator[Finding]:
-    observed: Observed | None = subject.observed
-    if observed is None:
-        return
+    observed: Observed = subject.observed
     for name in observed.by_batch.statistics:
         if name not in observed.rectified or name not in observed.largest:
             continue
@@ -173,9 +167,7 @@ def dead_channels(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=True,
 )
 def dominated_by_eps(check: Check, subject: Subject) -> Iterator[Finding]:
-    observed: Observed | None = subject.observed
-    if observed is None:
-        return
+    observed: Observed = subject.observed
     for name, seen in observed.populations.items():
         eps = observed.layers[name].eps
         error = (seen.var_noise / seen.batches).sqrt()

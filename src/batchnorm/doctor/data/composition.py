@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.data.layers import trains
-from batchnorm.doctor.data.mates import samples_in
 from batchnorm.doctor.data.noise import BatchStatistics
 from batchnorm.doctor.data.observe import Observed
 from batchnorm.doctor.data.outputs import labels
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.subject import Subject
+from batchnorm.model.nested import samples_in
 
 _CHANGE = 1e-3
 _SHUFFLES = 200
@@ -34,8 +34,8 @@ _BEYOND, _TIMES = 8.0, 3.0
     needs_data=True,
 )
 def changes_with_mates(check: Check, subject: Subject) -> Iterator[Finding]:
-    observed: Observed | None = subject.observed
-    if observed is None or observed.mates is None:
+    observed: Observed = subject.observed
+    if observed.mates is None:
         return
     found = observed.mates
     if found.effect < _CHANGE or found.effect < 3 * found.again:
@@ -66,9 +66,7 @@ def changes_with_mates(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=True,
 )
 def ordered_batches(check: Check, subject: Subject) -> Iterator[Finding]:
-    observed: Observed | None = subject.observed
-    if observed is None:
-        return
+    observed: Observed = subject.observed
     severity: Severity = "warning" if trains(subject) else "note"
     classes = [labels(batch) for batch in subject.batches]
     known = [y for y in classes if y is not None]

@@ -18,8 +18,8 @@ _SHIFT = 0.3
 
 
 def _processes(subject: Subject) -> Processes | None:
-    observed: Observed | None = subject.observed
-    return None if observed is None else observed.processes
+    observed: Observed = subject.observed
+    return observed.processes
 
 
 @check(
@@ -39,7 +39,7 @@ def parameters_differ(check: Check, subject: Subject) -> Iterator[Finding]:
         yield check.finding(
             None,
             f"the {found.count} processes could not be compared: {found.failure}",
-            severity="note" if "different models" not in found.failure else "error",
+            severity="error" if found.different_models else "note",
             processes=found.count,
         )
         return

@@ -75,9 +75,9 @@ def scores_of(one: Pass) -> dict[str, float]:
     needs_data=True,
 )
 def train_eval_gap(check: Check, subject: Subject) -> Iterator[Finding]:
-    observed: Observed | None = subject.observed
+    observed: Observed = subject.observed
     # A gap of statistics that were never moved is a static check's finding.
-    if observed is None or observed.never_moved:
+    if observed.never_moved:
         return
     before = output_gap(observed.by_running, observed.by_batch)
     if before is None or observed.recalibrated is None:

@@ -12,8 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.doctor.handwritten import Handwritten
 from batchnorm.doctor.held import held_tensors
 from batchnorm.doctor.subject import Subject
+from batchnorm.model.batch_norms import batches_counted
 from batchnorm.model.calling import unwrapped
 from batchnorm.model.freeze import is_frozen
+from batchnorm.model.watch import input_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +64,9 @@ class Layer:
         """Whether the running statistics are the ones that a new layer has."""
         if self.statistics is None:
             return False
-        counter = getattr(self.module, "num_batches_tracked", None)
-        if counter is not None and not self.handmade:
-            return int(counter) == 0
+        counted = batches_counted(self.module)
+        if counted is not None and not self.handmade:
+            return counted == 0
         mean, var = self.statistics
         return bool((mean == 0).all()) and bool((var == var[0]).all()) and float(var[0]) in (0.0, 1.0)
 
@@ -78,11 +80,11 @@ class Layer:
         if self.handmade:
             return 1.0  # its momentum may be of either convention
         momentum = self.module.momentum
-        counter = self.module.num_batches_tracked
-        counted = float("inf") if counter is None else max(float(counter), 1.0)
+        counted = batches_counted(self.module)
+        batches = float("inf") if counted is None else max(float(counted), 1.0)
         if momentum is None:
-            return min(counted, 1e6)
-        return min((2 - momentum) / momentum if momentum > 0 else 1e6, max(counted, 1.0))
+            return min(batches, 1e6)
+        return min((2 - momentum) / momentum if momentum > 0 else 1e6, batches)
 
     @torch.no_grad()
     def write(self, mean: Tensor, var: Tensor) -> None:
@@ -93,15 +95,12 @@ class Layer:
 
     def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
         """The input as (N, C, positions), and the mask broadcast to it; None where it is neither."""
-        x = args[0] if args else kwargs.get("x", kwargs.get("input"))
+        x, mask = input_of(self.module, args, kwargs)
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or x.numel() == 0:
             return None
         channel_dim = getattr(self.module, "channel_dim", 1)
-        mask = None
-        if isinstance(channel_dim, int) and not self.handmade:
-            mask = args[2] if len(args) > 2 else kwargs.get("mask")
-        else:
-            channel_dim = 1
+        if not isinstance(channel_dim, int) or self.handmade:
+            channel_dim, mask = 1, None
         x = x.detach()
         mask = None if mask is None else mask.detach().expand_as(x).movedim(channel_dim, 1)
         x = x.movedim(channel_dim, 1)

@@ -32,9 +32,7 @@ _PADDED_MEAN, _PADDED_LOG_RATIO = 0.1, math.log(1.25)
     needs_data=True,
 )
 def cancellation(check: Check, subject: Subject) -> Iterator[Finding]:
-    observed: Observed | None = subject.observed
-    if observed is None:
-        return
+    observed: Observed = subject.observed
     for name, seen in observed.populations.items():
         varies = ~constant(seen)
         if not bool(varies.any()):
@@ -72,9 +70,7 @@ def _lost(ratio: float) -> str:
     needs_data=True,
 )
 def padding(check: Check, subject: Subject) -> Iterator[Finding]:
-    observed: Observed | None = subject.observed
-    if observed is None:
-        return
+    observed: Observed = subject.observed
     for name in observed.by_batch.statistics:
         if name not in observed.padding or observed.layers[name].frozen:
             continue
@@ -111,8 +107,8 @@ def padding(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=True,
 )
 def not_finite(check: Check, subject: Subject) -> Iterator[Finding]:
-    observed: Observed | None = subject.observed
-    if observed is None or observed.not_finite is None:
+    observed: Observed = subject.observed
+    if observed.not_finite is None:
         return
     found = observed.not_finite
     where = "the data have" if found.layer is None else "the first output with"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.doctor.data.outputs import first_tensor, kept
+from batchnorm.model.nested import samples_in
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,6 @@ def compare(network: nn.Module, batches: list[Any], run: Callable[[Any], Any]) -
     error = float(change.std() / half**0.5) if half > 1 else float("nan")
     noise = float((again - first).square().mean().sqrt() / scale)
     return Mates(effect, error, noise, _starts(first_inside, again_inside, other_inside), half)
-
-
-def samples_in(batch: Any) -> int:
-    """The size of the first dimension of the first tensor of a batch; 0 without one."""
-    tensor = next(_all_tensors(batch), None)
-    return 0 if tensor is None or tensor.ndim == 0 else tensor.shape[0]
 
 
 def _run(
@@ -131,14 +126,3 @@ def _rows(a: Any, half: int, count: int) -> Any:
 
 def _is_per_sample(tensor: Tensor, count: int) -> bool:
     return tensor.ndim > 0 and tensor.shape[0] == count
-
-
-def _all_tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _all_tensors(value)
-    elif isinstance(batch, tuple | list):
-        for value in batch:
-            yield from _all_tensors(value)

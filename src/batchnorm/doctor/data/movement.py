@@ -32,9 +32,7 @@ _OTHER_DATA_SHIFT = 0.3
     needs_data=True,
 )
 def moved_in_eval(check: Check, subject: Subject) -> Iterator[Finding]:
-    observed: Observed | None = subject.observed
-    if observed is None:
-        return
+    observed: Observed = subject.observed
     for name in observed.layers:
         if name in observed.in_training_mode or name in observed.moved_in_eval:
             switched = name in observed.in_training_mode
@@ -62,9 +60,7 @@ def moved_in_eval(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=True,
 )
 def moved_in_backward(check: Check, subject: Subject) -> Iterator[Finding]:
-    observed: Observed | None = subject.observed
-    if observed is None:
-        return
+    observed: Observed = subject.observed
     for name in observed.layers:
         moved = observed.steps.moved_in_backward.get(name, 0.0)
         if moved > 0:
@@ -88,9 +84,7 @@ def moved_in_backward(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=True,
 )
 def moved_again(check: Check, subject: Subject) -> Iterator[Finding]:
-    observed: Observed | None = subject.observed
-    if observed is None:
-        return
+    observed: Observed = subject.observed
     grave = []
     for name, calls in observed.by_batch.statistics.items():
         moves = min(observed.steps.moves.get(name, []), default=0)
@@ -167,18 +161,17 @@ def _images_differ(pairs: list[Pair]) -> float:
     needs_data=True,
 )
 def graph_grows(check: Check, subject: Subject) -> Iterator[Finding]:
-    observed: Observed | None = subject.observed
-    if observed is not None:
-        for name, nodes in observed.steps.nodes.items():
-            if _grows(nodes):
-                yield check.finding(
-                    name or None,
-                    f"its tensors keep {', '.join(map(str, nodes))} graph nodes alive after 1, 2, ... steps",
-                    effect=(nodes[-1] - nodes[0]) / (len(nodes) - 1),
-                    standard_error=0.0,
-                    noise_alone=0.0,
-                    nodes=nodes[-1],
-                )
+    observed: Observed = subject.observed
+    for name, nodes in observed.steps.nodes.items():
+        if _grows(nodes):
+            yield check.finding(
+                name or None,
+                f"its tensors keep {', '.join(map(str, nodes))} graph nodes alive after 1, 2, ... steps",
+                effect=(nodes[-1] - nodes[0]) / (len(nodes) - 1),
+                standard_error=0.0,
+                noise_alone=0.0,
+                nodes=nodes[-1],
+            )
 
 
 @check(
@@ -190,19 +183,18 @@ def graph_grows(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=True,
 )
 def memory_grows(check: Check, subject: Subject) -> Iterator[Finding]:
-    observed: Observed | None = subject.observed
-    if observed is not None:
-        for name, held in observed.steps.bytes.items():
-            if _grows(held):
-                per_step = (held[-1] - held[0]) / (len(held) - 1)
-                yield check.finding(
-                    name or None,
-                    f"its tensors hold {per_step / 1024:.3g} KiB more after every step",
-                    effect=per_step,
-                    standard_error=0.0,
-                    noise_alone=0.0,
-                    bytes=held[-1],
-                )
+    observed: Observed = subject.observed
+    for name, held in observed.steps.bytes.items():
+        if _grows(held):
+            per_step = (held[-1] - held[0]) / (len(held) - 1)
+            yield check.finding(
+                name or None,
+                f"its tensors hold {per_step / 1024:.3g} KiB more after every step",
+                effect=per_step,
+                standard_error=0.0,
+                noise_alone=0.0,
+                bytes=held[-1],
+            )
 
 
 def _grows(values: list[int]) -> bool:

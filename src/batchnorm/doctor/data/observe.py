@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.doctor.check import CHECKS, check
+from batchnorm.doctor.check import CHECKS, Check, check
 from batchnorm.doctor.data import mates, processes, steps
 from batchnorm.doctor.data.layers import Layer, layers_of
 from batchnorm.doctor.data.noise import Population, population
@@ -84,8 +84,9 @@ class Observed:
     fix="Give the batches that the model takes, or forward=lambda model, batch: ...",
     needs_data=True,
 )
-def _failure(check: Any, subject: Subject) -> Any:
-    return iter(())  # `Observed.failure` is the finding
+def raises(check: Check, subject: Subject) -> Iterator[Finding]:
+    if subject.observed.failure is not None:
+        yield subject.observed.failure
 
 
 def total_steps(subject: Subject) -> int:
@@ -195,7 +196,7 @@ class _Observer:
     def _order(self) -> None:
         reached = list(self.observed.by_batch.statistics)
         layers = self.observed.layers
-        self.observed.layers = {name: layers[name] for name in [*reached, *(layers.keys() - set(reached))]}
+        self.observed.layers = {name: layers[name] for name in [*reached, *layers]}
 
     def _recalibrate(self) -> None:
         written = False

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from batchnorm.model.nested import tensors_in
 
 # Of an output, enough to compare by: a segmentation of large images would not fit many times.
 _ELEMENTS = 2**20
@@ -24,15 +25,7 @@ class Score:
 
 def first_tensor(output: Any) -> Tensor | None:
     """The first floating point tensor with a dimension in an output of any structure."""
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() and output.ndim > 0 else None
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    elif hasattr(output, "__dataclass_fields__"):
-        output = [getattr(output, name) for name in output.__dataclass_fields__]
-    if isinstance(output, tuple | list):
-        return next((found for found in map(first_tensor, output) if found is not None), None)
-    return None
+    return next((t for t in tensors_in(output) if t.is_floating_point() and t.ndim > 0), None)
 
 
 def kept(output: Any) -> Tensor | None:

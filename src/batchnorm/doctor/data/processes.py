@@ -21,6 +21,7 @@ class Processes:
     Attributes:
         count: of the processes.
         failure: why nothing was gathered, or None.
+        different_models: whether that is because what they have cannot be compared.
         parameters: names, and checksums (processes, parameters, 2).
         buffers: names, and per buffer its values (processes, elements), float64.
         data: per layer the population's mean, var, and the noise of a batch's mean (processes, 3, C), and the
@@ -32,6 +33,7 @@ class Processes:
     parameters: tuple[list[str], Tensor] | None = None
     buffers: dict[str, Tensor] | None = None
     data: dict[str, tuple[Tensor, list[int]]] | None = None
+    different_models: bool = False
 
 
 def gather(network: nn.Module, populations: dict[str, Population]) -> Processes | None:
@@ -56,7 +58,8 @@ def gather(network: nn.Module, populations: dict[str, Population]) -> Processes 
     try:
         sizes = _all_gather(torch.tensor([float(len(mine)), float(len(layers))]).double())
         if len({tuple(size.tolist()) for size in sizes}) > 1:
-            return Processes(len(sizes), "they have different models, or data reached different layers")
+            why = "they have different models, or data reached different layers"
+            return Processes(len(sizes), why, different_models=True)
         everyone = torch.stack(_all_gather(mine))
     except (RuntimeError, ValueError) as error:
         return Processes(dist.get_world_size(), " ".join(str(error).split())[:200])

@@ -17,6 +17,7 @@ from batchnorm.doctor.data.noise import Population, largest_by_chance, rms
 from batchnorm.doctor.data.observe import Observed
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.subject import Subject
+from batchnorm.model.batch_norms import batches_counted
 
 # In standard deviations, and in logarithms of a ratio: over all channels of a layer, and of one channel.
 MEAN_SHIFT, ONE_MEAN_SHIFT = 0.3, 1.5
@@ -89,11 +90,11 @@ def _beyond(effect: float, by_chance: float, threshold: float) -> bool:
 
 def _first_values_left(layer: Layer) -> float:
     """The share of the values before the first batch in an exponential average: (1 - momentum)^batches."""
-    counter = getattr(layer.module, "num_batches_tracked", None)
+    counted = batches_counted(layer.module)
     momentum = getattr(layer.module, "momentum", None)
-    if layer.handmade or counter is None or momentum is None:
+    if layer.handmade or counted is None or momentum is None:
         return 0.0
-    return float((1 - momentum) ** int(counter))
+    return float((1 - momentum) ** counted)
 
 
 def _mismatches(observed: Observed) -> dict[str, Mismatch]:
@@ -125,9 +126,7 @@ def _domain(subject: Subject, found: dict[str, Mismatch]) -> str | None:
     needs_data=True,
 )
 def running_against_population(check: Check, subject: Subject) -> Iterator[Finding]:
-    observed: Observed | None = subject.observed
-    if observed is None:
-        return
+    observed: Observed = subject.observed
     found = _mismatches(observed)
     domain = _domain(subject, found)
     for name, one in found.items():
@@ -161,9 +160,7 @@ def running_against_population(check: Check, subject: Subject) -> Iterator[Findi
     needs_data=True,
 )
 def domain_shift(check: Check, subject: Subject) -> Iterator[Finding]:
-    observed: Observed | None = subject.observed
-    if observed is None:
-        return
+    observed: Observed = subject.observed
     found = _mismatches(observed)
     first = _domain(subject, found)
     if first is None:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from batchnorm.doctor.data.layers import Layer
 from batchnorm.doctor.data.outputs import first_tensor
-from batchnorm.doctor.held import held_tensors
-
-_MOST_NODES = 100_000
+from batchnorm.doctor.held import graph_nodes, held_tensors
+from batchnorm.model.batch_norms import batches_counted
 
 
 @dataclass
@@ -46,11 +45,11 @@ def step(
     loss: Callable[[Any], Tensor | None],
 ) -> None:
     """One step of training without the optimizer's; adds to `seen`."""
-    counted = {name: _counter(layer) for name, layer in layers.items()}
+    counted = {name: _batches(layer) for name, layer in layers.items()}
     with torch.enable_grad():
         output = forward()
         for name, layer in layers.items():
-            seen.moves.setdefault(name, []).append(_counter(layer) - counted[name])
+            seen.moves.setdefault(name, []).append(_batches(layer) - counted[name])
         if seen.backward:
             before = {name: layer.statistics for name, layer in layers.items()}
             value = loss(output)
@@ -75,18 +74,6 @@ def default_loss(output: Any) -> Tensor | None:
     return None if tensor is None else tensor.float().square().mean()
 
 
-def graph_nodes(tensors: Iterable[Tensor]) -> int:
-    """How many nodes of autograd's graph the tensors keep alive."""
-    todo = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-    found = set(todo)
-    while todo and len(found) < _MOST_NODES:
-        for node, _ in todo.pop().next_functions:
-            if node is not None and node not in found:
-                found.add(node)
-                todo.append(node)
-    return len(found)
-
-
 def may_run_backward(model: nn.Module) -> bool:
     """Whether a backward pass has no other effect than gradients: no DDP's communication, no optimizer."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -102,9 +89,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(sizes.values())
 
 
-def _counter(layer: Layer) -> int:
-    counter = getattr(layer.module, "num_batches_tracked", None)
-    return int(counter) if counter is not None else 0
+def _batches(layer: Layer) -> int:
+    return batches_counted(layer.module) or 0
 
 
 def moved(before: tuple[Tensor, Tensor] | None, after: tuple[Tensor, Tensor] | None) -> float:

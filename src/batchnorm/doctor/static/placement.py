@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
 
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.finding import Finding
@@ -17,6 +16,7 @@ from batchnorm.doctor.structure import Call
 from batchnorm.doctor.subject import Subject
 from batchnorm.model.freeze import is_frozen
 from batchnorm.model.fusion.calls import activation_of_module
+from batchnorm.model.nested import samples_in
 
 _DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _DROPOUT_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, F.alpha_dropout}
@@ -138,7 +138,7 @@ def logits(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=False,
 )
 def pooling(check: Check, subject: Subject) -> Iterator[Finding]:
-    smallest = min((size for batch in subject.batches if (size := _samples(batch))), default=None)
+    smallest = min((size for batch in subject.batches if (size := samples_in(batch))), default=None)
     for call in _batch_norm_calls(subject):
         before = _only_input(call)
         while before is not None and (_reshapes(before) or _is_activation(before) or _is_pointwise(before)):
@@ -227,8 +227,3 @@ def _pools_to_one(call: Call) -> bool:
     if size is None or not (call.function is not None or "Adaptive" in type(call.module).__name__):
         return False
     return all(side == 1 for side in (size if isinstance(size, (tuple, list)) else (size,)))
-
-
-def _samples(batch: Any) -> int | None:
-    tensor = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim > 0), None)
-    return None if tensor is None else tensor.shape[0]

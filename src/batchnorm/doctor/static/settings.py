@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.subject import Subject
+from batchnorm.model.batch_norms import batches_counted
 from batchnorm.model.freeze import is_frozen
 
 HIGH_MOMENTUM, LOW_MOMENTUM = 0.5, 0.001
@@ -45,7 +46,7 @@ def momentum(check: Check, subject: Subject) -> Iterator[Finding]:
         elif value >= HIGH_MOMENTUM:
             yield check.finding(name, _window(value), momentum=value, batches=_batches(value))
         elif value <= LOW_MOMENTUM:
-            seen_batches = _counter(layer)
+            seen_batches = batches_counted(layer) or 0
             left = (1 - value) ** seen_batches
             yield check.finding(
                 name,
@@ -67,11 +68,6 @@ def _window(momentum: float) -> str:
 def _batches(momentum: float) -> float:
     """How many batches the average is worth: 1 / sum of squared weights."""
     return (2 - momentum) / momentum
-
-
-def _counter(layer: _BatchNorm) -> int:
-    counter = getattr(layer, "num_batches_tracked", None)
-    return 0 if counter is None else int(counter)
 
 
 @check(
@@ -114,6 +110,6 @@ def eps(check: Check, subject: Subject) -> Iterator[Finding]:
 
 def _share_of_eps(layer: _BatchNorm, eps: float) -> float | None:
     variance = layer.running_var
-    if variance is None or _counter(layer) == 0:
+    if variance is None or not batches_counted(layer):
         return None
     return eps / (float(variance.float().median()) + eps)

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.subject import Subject
+from batchnorm.model.batch_norms import batches_counted
 from batchnorm.model.freeze import is_frozen
 
 
@@ -37,7 +38,7 @@ def never_updated(check: Check, subject: Subject) -> Iterator[Finding]:
                 name,
                 "running mean 0 and variance 1 in every channel, as when new, but its weights are trained",
                 severity="note" if is_frozen(layer) else "error",
-                num_batches_tracked=_counter(layer),
+                num_batches_tracked=batches_counted(layer),
                 channels=layer.num_features,
             )
         elif others_trained:
@@ -45,7 +46,7 @@ def never_updated(check: Check, subject: Subject) -> Iterator[Finding]:
                 name,
                 "statistics and weights as when new in a trained model: is the layer used in training?",
                 severity="note",
-                num_batches_tracked=_counter(layer),
+                num_batches_tracked=batches_counted(layer),
                 channels=layer.num_features,
             )
 
@@ -117,11 +118,6 @@ def _with_statistics(subject: Subject) -> Iterator[tuple[str, _BatchNorm]]:
 
 def _as_new(layer: _BatchNorm) -> bool:
     return bool((_float(layer.running_mean) == 0).all()) and bool((_float(layer.running_var) == 1).all())
-
-
-def _counter(layer: _BatchNorm) -> int | None:
-    counter = getattr(layer, "num_batches_tracked", None)
-    return None if counter is None else int(counter)
 
 
 def _float(tensor: Tensor | None) -> Tensor:

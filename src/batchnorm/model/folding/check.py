@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from batchnorm.model.batch_norms import quoted
+from batchnorm.model.nested import tensors_in
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -128,22 +128,10 @@ def relative_error(wanted: Any, got: Any, *, exactly: bool = True) -> float:
     inf for outputs of another form, for other values that are not finite, and, `exactly`, for integers that
     differ.
     """
-    wanted, got = list(tensors(wanted)), list(tensors(got))
+    wanted, got = list(tensors_in(wanted)), list(tensors_in(got))
     if len(wanted) != len(got):
         return math.inf
     return max((_error(*pair, exactly) for pair in zip(wanted, got, strict=True)), default=0.0)
-
-
-def tensors(output: Any) -> Iterator[Tensor]:
-    """Every tensor in nested mappings, sequences, dataclasses and plain objects."""
-    pending, seen = [output], set()
-    while pending:
-        value = pending.pop()
-        if isinstance(value, Tensor):
-            yield value.to_dense() if value.layout != torch.strided else value
-        elif id(value) not in seen:
-            seen.add(id(value))
-            pending.extend(reversed(_inside(value)))
 
 
 def outputs_of(model: nn.Module, names: list[str], run: Callable[[], Any]) -> dict[str, list[Any]]:
@@ -162,18 +150,6 @@ def outputs_of(model: nn.Module, names: list[str], run: Callable[[], Any]) -> di
         for handle in handles:
             handle.remove()
     return returned
-
-
-def _inside(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return [getattr(value, entry.name) for entry in fields(value)]
-    if isinstance(value, (type, nn.Module)) or callable(value):
-        return []
-    return list(getattr(value, "__dict__", {}).values())
 
 
 def _error(wanted: Tensor, got: Tensor, exactly: bool) -> float:

@@ -18,6 +18,7 @@ from batchnorm.model.folding.arithmetic import Weights
 from batchnorm.model.folding.graph import Calls, Graphs, record_calls
 from batchnorm.model.folding.plan import Plan, Planner
 from batchnorm.model.folding.report import FoldReport, NotFolded
+from batchnorm.model.nested import tensors_in
 
 
 def fold(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> nn.Module:
@@ -99,7 +100,7 @@ def _run_recording(model: nn.Module, arguments: check.Example) -> tuple[Any, dic
 
 
 def _check_comparable(model: nn.Module, output: Any) -> None:
-    if not any(tensor.isfinite().any() for tensor in check.tensors(output)):
+    if not any(tensor.isfinite().any() for tensor in tensors_in(output)):
         raise ValueError(
             f"fold: {type(model).__name__} returned no tensor with a finite value that could be compared: "
             "give an example like the inputs in deployment"
