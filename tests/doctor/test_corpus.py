@@ -4,8 +4,11 @@ import pytest
 
 import batchnorm as bn
 from batchnorm.doctor.report import Report
-from tests.doctor.corpus import HEALTHY, SICK
+from tests.doctor import corpus, corpus_heldout
 from tests.doctor.data.digits import Make
+
+SICK = [*corpus.SICK, *corpus_heldout.SICK]
+HEALTHY = [*corpus.HEALTHY, *corpus_heldout.HEALTHY]
 
 
 def diagnosed(make: Make) -> Report:
@@ -28,15 +31,16 @@ def test_a_healthy_model_is_healthy(make: Make) -> None:
     assert [(f.code, f.layer, f.what) for f in diagnosed(make).findings if f.severity != "note"] == []
 
 
-def test_the_corpus_is_large_and_its_names_are_its_own() -> None:
-    names = [case[0] for case in SICK] + [case[0] for case in HEALTHY]
+@pytest.mark.parametrize("table", [corpus.SICK, corpus.HEALTHY, corpus_heldout.SICK, corpus_heldout.HEALTHY])
+def test_a_corpus_is_large_and_its_names_are_its_own(table: list[tuple[object, ...]]) -> None:
+    names = [case[0] for case in table]
     assert len(set(names)) == len(names)
-    assert len(SICK) >= 20
+    assert len(names) >= 30
 
 
 def test_every_code_has_a_fault_in_the_corpus() -> None:
     from batchnorm.doctor.check import CHECKS
 
-    planted = {case[2] for case in SICK}
+    planted = {case[2] for case in corpus.SICK}
     notes_alone = {"BN119", "BN122"}  # tested in test_static
     assert {code for code, check in CHECKS.items() if not check.needs_data} == planted | notes_alone

@@ -40,6 +40,24 @@ def test_a_bias_that_is_zero_or_used_elsewhere_is_no_finding() -> None:
     assert not found(bn.freeze(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))), "BN101")
 
 
+class OverSequences(nn.Module):
+    """A linear layer of 5 outputs over the steps of a sequence, and a batch norm of the steps or outputs."""
+
+    def __init__(self, channels: int, swap: bool) -> None:
+        super().__init__()
+        self.fc, self.bn, self.swap = nn.Linear(6, 5), nn.BatchNorm1d(channels), swap
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        return self.bn(y.transpose(1, 2)) if self.swap else self.bn(y)
+
+
+def test_a_bias_does_nothing_where_its_values_are_those_of_the_channels() -> None:
+    (finding,) = found(OverSequences(5, swap=True), "BN101")
+    assert finding.layer == "fc"
+    assert not found(OverSequences(7, swap=False), "BN101")
+
+
 def test_a_bias_is_found_where_the_whole_model_cannot_be_traced() -> None:
     layers = [finding.layer for finding in found(build("untraceable")[0], "BN101")]
     assert layers == ["stem.0", "small.fc", "large.fc"]

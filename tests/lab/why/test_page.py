@@ -1,22 +1,16 @@
 """The page is one file that needs nothing else, readable with a keyboard, on a phone, in light and dark."""
 
-import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from batchnorm.lab.why import campaign
 from batchnorm.lab.why.page import MINUS, number, page
+from tests.browser import opened
 
 from .examples import make, two_layers
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -83,29 +77,6 @@ def test_every_experiment_has_its_section(content: str) -> None:
 )
 def test_numbers_are_written_for_readers(value: float, text: str) -> None:
     assert number(value) == text
-
-
-@contextmanager
-def opened(path: Path, width: int, scheme: str) -> Iterator[tuple[Any, list[str]]]:
-    """The page in a browser, and what it complained of or asked the network for."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    browser_path = os.environ.get("BATCHNORM_CHROMIUM") or next(
-        filter(None, map(shutil.which, BROWSERS)), None
-    )
-    if browser_path is None:
-        pytest.skip("no Chromium: set BATCHNORM_CHROMIUM to its path")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=browser_path, args=["--no-sandbox", "--no-zygote", "--single-process"]
-        )
-        shown = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-        complaints: list[str] = []
-        shown.on("console", lambda message: complaints.append(message.text))
-        shown.on("pageerror", lambda error: complaints.append(str(error)))
-        shown.on("request", lambda request: complaints.append(request.url))
-        shown.goto(path.as_uri())
-        yield shown, complaints
-        browser.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (360, "dark")])

@@ -21,17 +21,10 @@ from batchnorm.model.nested import samples_in
 _DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _DROPOUT_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, F.alpha_dropout}
 _RESHAPING_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity)
-_RESHAPING_FUNCTIONS = {torch.flatten, torch.squeeze, torch.unsqueeze, torch.transpose, torch.permute}
-_RESHAPING_METHODS = {
-    "view",
-    "reshape",
-    "flatten",
-    "squeeze",
-    "unsqueeze",
-    "transpose",
-    "permute",
-    "contiguous",
-}
+_SWAPPING_FUNCTIONS = {torch.transpose, torch.permute, torch.movedim}
+_SWAPPING_METHODS = {"transpose", "permute", "movedim", "contiguous"}
+_RESHAPING_FUNCTIONS = {torch.flatten, torch.squeeze, torch.unsqueeze} | _SWAPPING_FUNCTIONS
+_RESHAPING_METHODS = {"view", "reshape", "flatten", "squeeze", "unsqueeze"} | _SWAPPING_METHODS
 _SOFTMAX_MODULES = (nn.Softmax, nn.LogSoftmax)
 _SOFTMAX_FUNCTIONS = {F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, "softmax", "log_softmax"}
 
@@ -49,12 +42,17 @@ _SOFTMAX_FUNCTIONS = {F.softmax, F.log_softmax, torch.softmax, torch.log_softmax
 def bias(check: Check, subject: Subject) -> Iterator[Finding]:
     for call in _batch_norm_calls(subject):
         before = _only_input(call)
+        while before is not None and len(before.users) == 1 and _swaps_dimensions(before):
+            before = _only_input(before)
         if before is None or before.layer is None or len(before.users) != 1:
             continue
         if call.module is None or is_frozen(call.module):
             continue  # a frozen layer does not subtract it again
         bias = getattr(before.module, "bias", None)
-        if _is_linear(before) and isinstance(bias, Tensor) and bool((bias != 0).any()):
+        if not _is_linear(before) or not isinstance(bias, Tensor):
+            continue
+        # Over a sequence the channels of a batch norm may be time steps, each with all of the bias.
+        if bias.numel() == _channels(subject, call) and bool((bias != 0).any()):
             yield check.finding(
                 before.layer,
                 f"its bias of {bias.numel()} values does nothing: {call.layer} subtracts it again",
@@ -170,6 +168,16 @@ def _batch_norm_calls(subject: Subject) -> Iterator[Call]:
 
 def _only_input(call: Call) -> Call | None:
     return call.inputs[0] if len(call.inputs) == 1 else None
+
+
+def _channels(subject: Subject, call: Call) -> int:
+    name = call.layer or ""
+    layer = subject.batch_norms.get(name)
+    return subject.handwritten[name].channels if layer is None else layer.num_features
+
+
+def _swaps_dimensions(call: Call) -> bool:
+    return call.function in _SWAPPING_FUNCTIONS or call.function in _SWAPPING_METHODS
 
 
 def _is_linear(call: Call) -> bool:

@@ -18,9 +18,9 @@ _CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
     "BN118",
     "one batch norm in several places",
     severity="warning",
-    why="Its running statistics are an average over places with different distributions, and fit none of "
-    "them in eval mode.",
-    fix="Give each place a batch norm of its own; share the convolutions alone.",
+    why="Its running statistics are an average over places: where these have different distributions, it "
+    "fits none of them in eval mode.",
+    fix="Where the places differ, give each a batch norm of its own; share the convolutions alone.",
     needs_data=False,
 )
 def shared(check: Check, subject: Subject) -> Iterator[Finding]:
