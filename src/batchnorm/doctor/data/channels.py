@@ -56,8 +56,7 @@ def too_few_values(check: Check, subject: Subject) -> Iterator[Finding]:
             severity = "error" if smallest.values <= 2 else "warning"
         what = (
             f"a batch of {smallest.images} has {smallest.values:.0f} values per channel, worth "
-            f"{effective:.1f} "
-            f"independent ones: its mean is off by {noise:.0%} of a standard deviation"
+            f"{effective:.1f} independent ones: its mean is off by {noise:.0%} of a standard deviation"
         )
         if smallest.values <= 2:
             what += "; two values are normalised to -1 and 1 whatever they are"
@@ -181,8 +180,7 @@ def dominated_by_eps(check: Check, subject: Subject) -> Iterator[Finding]:
             name,
             f"{int(bad.sum())} of {len(bad)} channels have a variance below eps={eps:g} (median "
             f"{float(seen.var[bad].median()):.1e}): they are normalised to a std of "
-            f"{float(std[bad].mean()):.2g}, "
-            f"not 1",
+            f"{float(std[bad].mean()):.2g}, not 1",
             severity=_by_share(share),
             effect=float(std[bad].mean()),
             standard_error=float(slope),

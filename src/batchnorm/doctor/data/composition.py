@@ -60,8 +60,7 @@ def changes_with_mates(check: Check, subject: Subject) -> Iterator[Finding]:
     "batches are not random samples",
     severity="warning",
     why="Batches sorted by class or source have statistics of their own: training normalises by them, and "
-    "running "
-    "statistics follow the last ones.",
+    "running statistics follow the last ones.",
     fix="DataLoader(..., shuffle=True); shuffle before writing shards, and across sources.",
     needs_data=True,
 )

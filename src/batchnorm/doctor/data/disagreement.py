@@ -93,8 +93,7 @@ def running_statistics_differ(check: Check, subject: Subject) -> Iterator[Findin
         yield check.finding(
             name,
             f"running means differ by {rms(spread):.2g} std between {found.count} processes (chance "
-            f"{chance:.2g}), "
-            f"variances by a factor {math.exp(rms(ratio)):.2g}",
+            f"{chance:.2g}), variances by a factor {math.exp(rms(ratio)):.2g}",
             severity="warning" if grave else "note",
             effect=rms(spread),
             standard_error=chance,
@@ -126,8 +125,7 @@ def data_differ(check: Check, subject: Subject) -> Iterator[Finding]:
         yield check.finding(
             first,
             f"the means of what the first batch norm is given differ by {shift:.2g} std between "
-            f"{found.count} "
-            f"processes (chance {chance:.2g})",
+            f"{found.count} processes (chance {chance:.2g})",
             effect=shift,
             standard_error=chance,
             noise_alone=chance,

@@ -69,9 +69,8 @@ def scores_of(one: Pass) -> dict[str, float]:
     severity="warning",
     why="What was trained normalises by the batch; what is evaluated and deployed normalises by running "
     "statistics.",
-    fix="Look at the layer where it starts; bn.recalibrate(model, training_loader) where the evidence says "
-    "that it "
-    "closes the gap.",
+    fix="Look at the layer where it starts; bn.recalibrate(model, training_loader) where the evidence "
+    "says that it closes the gap.",
     needs_data=True,
 )
 def train_eval_gap(check: Check, subject: Subject) -> Iterator[Finding]:
@@ -93,8 +92,7 @@ def train_eval_gap(check: Check, subject: Subject) -> Iterator[Finding]:
     scores |= {f"{name}_batch": value for name, value in new.items()}
     what = (
         f"outputs change by {effect:.2g} of their std (± {error:.1g}) when running statistics take the "
-        f"place of the "
-        f"batch's; {noise:.2g} once they are recalibrated"
+        f"place of the batch's; {noise:.2g} once they are recalibrated"
     )
     if start is not None:
         what += f"; it starts at this layer, whose own output changes by {own:.2g} std"

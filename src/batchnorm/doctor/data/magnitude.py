@@ -25,8 +25,7 @@ _PADDED_MEAN, _PADDED_LOG_RATIO = 0.1, math.log(1.25)
     "means far above the standard deviation",
     severity="warning",
     why="The variance is a small difference of large numbers: kernels that compute E[x²] - E[x]² lose its "
-    "digits, "
-    "and float16 or bfloat16 inputs have lost them already.",
+    "digits, and float16 or bfloat16 inputs have lost them already.",
     fix="Centre the inputs before the layer (standardise the data, no large bias before it); keep it in "
     "float32.",
     needs_data=True,
@@ -85,9 +84,8 @@ def padding(check: Check, subject: Subject) -> Iterator[Finding]:
         yield check.finding(
             name,
             f"{found.share:.0%} of the positions are equal ones at the ends of samples (up to "
-            f"{found.longest} of "
-            f"{found.length}); they move the mean by {shift:.2g} std and the variance by a factor "
-            f"{math.exp(ratio):.2g}",
+            f"{found.longest} of {found.length}); they move the mean by {shift:.2g} std and the variance "
+            f"by a factor {math.exp(ratio):.2g}",
             effect=shift,
             standard_error=chance,
             noise_alone=chance,

@@ -27,8 +27,7 @@ _OTHER_DATA_SHIFT = 0.3
     why="The model changes while it is evaluated: results depend on the order of the test data, which leak "
     "into it.",
     fix="Call model.eval() before evaluating and do not switch it back inside; a hand-written layer must "
-    "look at "
-    "self.training.",
+    "look at self.training.",
     needs_data=True,
 )
 def moved_in_eval(check: Check, subject: Subject) -> Iterator[Finding]:
@@ -52,9 +51,8 @@ def moved_in_eval(check: Check, subject: Subject) -> Iterator[Finding]:
     "BN211",
     "statistics move in the backward pass",
     severity="warning",
-    why="A checkpointed forward runs again in the backward pass, and torch's layers count the batch twice: "
-    "the "
-    "effective momentum is not the one that was set.",
+    why="A checkpointed forward runs again in the backward pass, and torch's layers count the batch "
+    "twice: the effective momentum is not the one that was set.",
     fix="bn.convert(model): this package's layers move once. With torch's layers, momentum = 1 - sqrt(1 - "
     "momentum).",
     needs_data=True,
@@ -78,8 +76,7 @@ def moved_in_backward(check: Check, subject: Subject) -> Iterator[Finding]:
     "statistics move several times per step",
     severity="warning",
     why="A second forward counts a batch twice, or mixes the statistics of two kinds of data (real and "
-    "generated, "
-    "clean and perturbed) that are each normalised by their own in training.",
+    "generated, clean and perturbed) that are each normalised by their own in training.",
     fix="Run the second forward under bn.hold(model); give each kind of data its own batch norms.",
     needs_data=True,
 )

@@ -120,9 +120,8 @@ def _domain(subject: Subject, found: dict[str, Mismatch]) -> str | None:
     "running statistics are not the population's",
     severity="warning",
     why="Eval mode normalises by them, so the model that is evaluated is not the one that was trained.",
-    fix="bn.recalibrate(model, training_loader); if it comes back, train longer after the last large step, "
-    "or "
-    "lower momentum.",
+    fix="bn.recalibrate(model, training_loader); if it comes back, train longer after the last large "
+    "step, or lower momentum.",
     needs_data=True,
 )
 def running_against_population(check: Check, subject: Subject) -> Iterator[Finding]:
@@ -137,8 +136,7 @@ def running_against_population(check: Check, subject: Subject) -> Iterator[Findi
             continue
         what = (
             f"running statistics are off by {one.mean_shift:.2g} std in the mean (chance "
-            f"{one.mean_by_chance:.2g})"
-            f" and a factor {math.exp(one.log_ratio):.3g} in the variance (chance "
+            f"{one.mean_by_chance:.2g}) and a factor {math.exp(one.log_ratio):.3g} in the variance (chance "
             f"{math.exp(one.log_by_chance):.3g}); channel {one.worst}: {one.worst_shift:+.2g} std, factor "
             f"{one.worst_ratio:.2g}"
         )
@@ -154,9 +152,8 @@ def running_against_population(check: Check, subject: Subject) -> Iterator[Findi
     severity="warning",
     why="Test data with other statistics (contrast, sensor, preprocessing) are normalised by the wrong ones.",
     fix="Check the preprocessing against that of training. If the shift is real, adapt: "
-    "bn.recalibrate(model, "
-    "loader_of_the_new_data). If these are the training data, the running statistics are stale: the same "
-    "call.",
+    "bn.recalibrate(model, loader_of_the_new_data). If these are the training data, the running "
+    "statistics are stale: the same call.",
     needs_data=True,
 )
 def domain_shift(check: Check, subject: Subject) -> Iterator[Finding]:
@@ -174,8 +171,8 @@ def domain_shift(check: Check, subject: Subject) -> Iterator[Finding]:
     ]
     what = (
         f"from the first batch norm on the data differ from the training statistics: {one.mean_shift:.2g} "
-        f"std in "
-        f"the mean (chance {one.mean_by_chance:.2g}), a factor {math.exp(one.log_ratio):.2g} in the variance"
+        f"std in the mean (chance {one.mean_by_chance:.2g}), a factor {math.exp(one.log_ratio):.2g} in the "
+        "variance"
     )
     if gains:
         what += f"; adapting the statistics gives {', '.join(gains)}"
