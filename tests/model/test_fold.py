@@ -22,7 +22,8 @@ import batchnorm as bn
 from batchnorm.lab.nets import LeNet
 from batchnorm.model import FoldReport, fold
 from batchnorm.model.folding.arithmetic import MultiplyAdd, ResidualActivation
-from batchnorm.model.folding.check import runnable_copy, tensors
+from batchnorm.model.folding.check import runnable_copy
+from batchnorm.model.nested import tensors_in
 from tests.model.zoo import ZOO, build
 
 
@@ -59,7 +60,7 @@ def checked(model: nn.Module, example: Any) -> nn.Module:
     assert not any(module.training for module in folded.modules())
     args = example if isinstance(example, tuple) else (example,)
     runs_anywhere = runnable_copy(folded), runnable_copy(model).eval()
-    got, wanted = ([*tensors(runnable(*args))] for runnable in runs_anywhere)
+    got, wanted = ([*tensors_in(runnable(*args))] for runnable in runs_anywhere)
     for ours, theirs in zip(got, wanted, strict=True):
         assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
     assert folded.fold_report.error <= 1e-5
@@ -1152,7 +1153,7 @@ def test_export_of_the_zoo(name: str) -> None:
     model, inputs = build(name)
     folded = fold(model, inputs)
     got = torch.export.export(folded, inputs).module()(*inputs)
-    assert_close([*tensors(got)], [*tensors(folded(*inputs))])
+    assert_close([*tensors_in(got)], [*tensors_in(folded(*inputs))])
 
 
 def test_compile(everything: tuple[nn.Module, Tensor]) -> None:
