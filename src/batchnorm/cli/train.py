@@ -81,9 +81,15 @@ def train(
     """
     options = _settings(context)
     with joined() as world:
-        with world.together():
-            training, folder = _prepared(options, world, data_dir, output, resume)
-        _run(training, folder)
+        _train(options, world, data_dir, output, resume)
+
+
+def _train(
+    options: dict[str, Any], world: World, data_dir: str | None, output: Path | None, resume: bool
+) -> None:
+    with world.together():
+        training, folder = _prepared(options, world, data_dir, output, resume)
+    _run(training, folder)
 
 
 def _prepared(

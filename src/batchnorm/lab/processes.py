@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import inspect
 import os
 import signal
@@ -134,6 +136,10 @@ def joined() -> Iterator[World]:
     if world.alone:
         yield world
         return
+    # Its functions take the default group as a default argument. Imported later, by the compiler or by
+    # DistributedDataParallel, they would keep the group past the end of Python, where a thread of gloo's
+    # that still holds a tensor aborts the process.
+    importlib.import_module("torch.distributed.nn.functional")
     torch.set_num_threads(max(1, _cores() // world.local_size))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -148,6 +154,8 @@ def joined() -> Iterator[World]:
         yield world
         # Not after an error: it would wait for processes that are gone.
         dist.destroy_process_group()
+        # DistributedDataParallel holds the group, in a cycle. The group's threads end with it.
+        gc.collect()
     except BaseException:
         world.finish_in_peace()
         raise

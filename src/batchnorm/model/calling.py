@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -31,12 +32,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         for module, _ in flags:
             module.training = False
-        # Compiled code would not call hooks that were not there when it was compiled.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), uncompiled():
             yield
     finally:
         for module, training in flags:
             module.training = training
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Inside, what torch.compile has compiled runs as it was written.
+
+    Compiled code would not call hooks that were not there when it was compiled.
+    """
+    if "torch._dynamo" not in sys.modules:
+        # Nothing is compiled, and importing the compiler takes a second. Imported after a process group was
+        # made, it would also keep the group past the end of Python, where gloo's threads may abort.
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def call(

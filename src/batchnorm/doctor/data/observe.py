@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from batchnorm.doctor.check import CHECKS, Check, check
@@ -20,7 +19,7 @@ from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.pictures import LayerPicture
 from batchnorm.doctor.snapshot import unchanged
 from batchnorm.doctor.subject import Subject
-from batchnorm.model.calling import call, evaluating, to_device, unwrapped
+from batchnorm.model.calling import call, evaluating, to_device, uncompiled, unwrapped
 
 _STEPS = 3
 _SHOWN = 300
@@ -235,7 +234,7 @@ class _Observer:
         for number in range(_STEPS):
             batch = batches[number % len(batches)]
             try:
-                with watch.stack(), torch.compiler.set_stance("force_eager"):
+                with watch.stack(), uncompiled():
                     watch.begin(number)
                     steps.step(
                         seen,
