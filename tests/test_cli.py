@@ -341,7 +341,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(uninterrupted: list[dict[str, A
     wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) >= 1, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert f"go on with: batchnorm train --resume --output {folder}" in errors
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
