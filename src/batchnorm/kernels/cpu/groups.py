@@ -16,7 +16,7 @@ import numpy as np
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu.activations import Real
 from batchnorm.kernels.cpu.memory import at, call, fields_of, pointer
-from batchnorm.kernels.cpu.rows import BLOCK, add_centred_rows, add_rows
+from batchnorm.kernels.cpu.rows import BLOCK, add_rows, sum_centred_rows
 from batchnorm.kernels.cpu.runs import loop
 from batchnorm.kernels.cpu.slabs import exact_moments, total
 from batchnorm.kernels.cpu.statistics import (
@@ -24,6 +24,7 @@ from batchnorm.kernels.cpu.statistics import (
     finish_gradient,
     finish_statistics,
     grad_of_z,
+    is_near_mean,
     merge,
     num_threads,
     tensor,
@@ -83,14 +84,22 @@ def take_block(raw, table, thread, c0, c1, n0, n1, real):
     x = at(tensor(raw, f.X, real), (n0 * channels + c0) * positions)
     width, stride, more = (c1 - c0) * positions, channels * positions, (n1 - n0) * positions
     centres, firsts, seconds = first_rows(raw, thread, real)
-    fill(centres, width, real(0))
-    fill(firsts, width, real(0))
-    fill(seconds, width, real(0))
-    add_rows(x, n1 - n0, width, stride, centres)
-    for c in range(c1 - c0):
-        column = at(centres, c * positions)
-        fill(column, positions, real(total(column, positions, 0.0) / more))
-    add_centred_rows(x, n1 - n0, width, stride, centres, firsts, seconds)
+    near = n0 > 0
+    if near:
+        for c in range(c0, c1):
+            fill(at(centres, (c - c0) * positions), positions, real(at(table, f.MEAN * channels)[c]))
+        sum_centred_rows(x, n1 - n0, width, stride, centres, firsts, seconds, real)
+        for c in range(c1 - c0):
+            i = c * positions
+            first, second = total(at(firsts, i), positions, 0.0), total(at(seconds, i), positions, 0.0)
+            near &= is_near_mean(first, second, more)
+    if not near:
+        fill(centres, width, real(0))
+        add_rows(x, n1 - n0, width, stride, centres)
+        for c in range(c1 - c0):
+            column = at(centres, c * positions)
+            fill(column, positions, real(total(column, positions, 0.0) / more))
+        sum_centred_rows(x, n1 - n0, width, stride, centres, firsts, seconds, real)
     for c in range(c0, c1):
         i = (c - c0) * positions
         first, second = total(at(firsts, i), positions, 0.0), total(at(seconds, i), positions, 0.0)

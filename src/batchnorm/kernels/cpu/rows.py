@@ -22,6 +22,7 @@ from batchnorm.kernels.cpu.statistics import (
     finish_gradient,
     finish_statistics,
     grad_of_z,
+    is_near_mean,
     merge,
     num_threads,
     tensor,
@@ -80,12 +81,20 @@ def add_centred_rows(x, rows, width, stride, centre, first, second):
 def block_moments(x, rows, width, stride, count, means, m2s, scratch, real):
     """Take a block of rows into the moments of its columns, which have taken in `count` rows."""
     centre, first, second = scratch, at(scratch, width), at(scratch, 2 * width)
-    for i in range(3 * width):
-        scratch[i] = real(0)
-    add_rows(x, rows, width, stride, centre)
-    for i in range(width):
-        centre[i] /= real(rows)
-    add_centred_rows(x, rows, width, stride, centre, first, second)
+    near = count > 0
+    if near:
+        for i in range(width):
+            centre[i] = real(means[i])
+        sum_centred_rows(x, rows, width, stride, centre, first, second, real)
+        for i in range(width):
+            near &= is_near_mean(first[i], second[i], real(rows))
+    if not near:
+        for i in range(width):
+            centre[i] = real(0)
+        add_rows(x, rows, width, stride, centre)
+        for i in range(width):
+            centre[i] /= real(rows)
+        sum_centred_rows(x, rows, width, stride, centre, first, second, real)
     finite = True
     for i in range(width):
         finite &= abs(second[i]) < np.inf
@@ -100,6 +109,15 @@ def block_moments(x, rows, width, stride, count, means, m2s, scratch, real):
         # Not means[i] + d * share: after an infinite mean, d is infinite the other way.
         means[i] = means[i] * (1 - share) + mean * share
         m2s[i] += (second[i] - rest * first[i]) + d * d * (count * share)
+
+
+@loop
+def sum_centred_rows(x, rows, width, stride, centre, first, second, real):
+    """Writes what `add_centred_rows` adds."""
+    for i in range(width):
+        first[i] = real(0)
+        second[i] = real(0)
+    add_centred_rows(x, rows, width, stride, centre, first, second)
 
 
 @loop

@@ -3,8 +3,9 @@
 A thread takes whole channels, a tile of neighbours at a time. Where channels are too few for the threads,
 each takes a part of every channel, and they meet around the merge of what they found.
 
-Statistics are taken block by block: the mean of a block, then its centred sums while it is in the cache, then
-a merge in float64 (Chan, Golub & LeVeque 1979). A block whose sums overflow float32 is summed in float64.
+Statistics are taken block by block: sums centred at the mean so far, or, in the first block and where that
+mean is far off, at the block's own, in a second pass while it is in the cache; then a merge in float64 (Chan,
+Golub & LeVeque 1979). A block whose sums overflow float32 is summed in float64.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from batchnorm.kernels.cpu.statistics import (
     finish_gradient,
     finish_statistics,
     grad_of_z,
+    is_near_mean,
     merge,
     num_threads,
     tensor,
@@ -71,26 +73,45 @@ def exact_moments(x, channels, positions, c, n0, n1, p0, p1):
 
 
 @loop
+def sum_centred(x, channels, positions, c0, c1, n0, n1, p0, p1, centres, firsts, seconds, real):
+    """Writes the sums of `x - centre` and of its square, with the centres rounded to the type of x."""
+    for c in range(c0, c1):
+        firsts[c] = 0.0
+        seconds[c] = 0.0
+    for n in range(n0, n1):
+        for c in range(c0, c1):
+            run = at(x, (n * channels + c) * positions + p0)
+            first, second = centred_sums(run, p1 - p0, real(centres[c]), real(0))
+            firsts[c] += first
+            seconds[c] += second
+
+
+@loop
 def block_moments(x, channels, positions, c0, c1, n0, n1, p0, p1, count, table, real):
     """Take positions p0:p1 of samples n0:n1 into the channels c0:c1, which have taken in `count` values."""
     # These rows of the table are free until the statistics are finished.
     centres = at(table, f.SCALE * channels)
     firsts = at(table, f.SHIFT * channels)
     seconds = at(table, f.INVSTD * channels)
-    size = p1 - p0
-    more = (n1 - n0) * size
-    for n in range(n0, n1):
+    more = (n1 - n0) * (p1 - p0)
+    near = count > 0
+    if near:
         for c in range(c0, c1):
-            found = total(at(x, (n * channels + c) * positions + p0), size, real(0))
-            centres[c] = found if n == n0 else centres[c] + found
-    for n in range(n0, n1):
+            centres[c] = at(table, f.MEAN * channels)[c]
+        sum_centred(x, channels, positions, c0, c1, n0, n1, p0, p1, centres, firsts, seconds, real)
         for c in range(c0, c1):
-            run = at(x, (n * channels + c) * positions + p0)
-            first, second = centred_sums(run, size, real(centres[c] / more), real(0))
-            firsts[c] = first if n == n0 else firsts[c] + first
-            seconds[c] = second if n == n0 else seconds[c] + second
+            near &= is_near_mean(firsts[c], seconds[c], more)
+    if not near:
+        for c in range(c0, c1):
+            centres[c] = 0.0
+        for n in range(n0, n1):
+            for c in range(c0, c1):
+                centres[c] += total(at(x, (n * channels + c) * positions + p0), p1 - p0, real(0))
+        for c in range(c0, c1):
+            centres[c] /= more
+        sum_centred(x, channels, positions, c0, c1, n0, n1, p0, p1, centres, firsts, seconds, real)
     for c in range(c0, c1):
-        mean = np.float64(real(centres[c] / more)) + firsts[c] / more
+        mean = np.float64(real(centres[c])) + firsts[c] / more
         m2 = seconds[c] - firsts[c] * firsts[c] / more
         if not math.isfinite(m2):
             mean, m2 = exact_moments(x, channels, positions, c, n0, n1, p0, p1)

@@ -37,6 +37,16 @@ def grad_of_z(raw, real):
 
 
 @loop
+def is_near_mean(first, second, count):
+    """Whether `sum(x - centre)` and `sum((x - centre)**2)` of `count` values tell their variance.
+
+    While `(mean - centre)**2` is at most 4 variances, `second - first**2 / count` loses little more than 2
+    bits, and another pass, with the mean itself as the centre, is saved.
+    """
+    return first * first * 1.25 <= count * second
+
+
+@loop
 def merge(means, m2s, c, count, more, mean, m2):
     """Add `more` values of this mean and m2 to a channel that has taken in `count` (Chan et al. 1979)."""
     if count == 0:
