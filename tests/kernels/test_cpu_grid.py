@@ -13,9 +13,7 @@ from batchnorm.kernels import choose, cpu
 from batchnorm.kernels.cpu import groups, rows, slabs, team
 from batchnorm.kernels.cpu.plan import (
     _GROUP_COLUMNS,
-    _MANY,
     _SHORT_RUN,
-    _SHORT_RUN_OF_MANY,
     _TILE_BYTES,
     _WIDE_ROW,
     plan,
@@ -199,21 +197,22 @@ def kind(x, channel_dim):
 # ------------------------------------------------------------------------- every block and tile boundary
 
 B, G, W, T = slabs.BLOCK, _GROUP_COLUMNS, _WIDE_ROW, rows.TILE_COLUMNS
-RUN, LONG_RUN, MANY = _SHORT_RUN, _SHORT_RUN_OF_MANY, _MANY
-TILE = _TILE_BYTES // 4
+RUN, TILE = _SHORT_RUN, _TILE_BYTES // 4
 SHAPES = {
     "slabs": [
-        (1, 2, RUN + 1), (2, 2, RUN + 1), (3, 5, 521), (MANY - 1, 3, RUN + 1), (MANY, 3, LONG_RUN + 1),
+        (1, 2, RUN + 1), (2, 2, RUN + 1), (3, 5, 521), (3, 7, 49), (64, 3, RUN + 1),
+        *[(B // 64 + d, 4, 64) for d in (-1, 0, 1)], *[(2, TILE // 64 + d, 64) for d in (-1, 0, 1)],
+        *[(2, 3, 2 * B + d) for d in (-1, 0, 1)],
         *[(1, 2, B + d) for d in (-1, 0, 1)], *[(3, 2, B + d) for d in (-1, 0, 1)],
         *[(2, 3, B // 2 + d) for d in (-1, 0, 1)], *[(B // 512 + d, 2, 512) for d in (-1, 0, 1)],
-        (31, 2, 263), (2, 2, 2 * B + 1), (1, 3, 12289), (2, 2, TILE // 2 + 1), (1, 2, TILE),
+        (31, 2, 263), (2, 2, 2 * B + 1), (1, 3, 12289), (2, 2, TILE // 2 + 1), (1, 2, TILE), (1, 2, TILE + 1),
         *[(1, TILE // 1021 + d, 1021) for d in (-1, 0, 1)],
     ],
     "groups": [
-        (1, 2, 2), (2, 2, 2), (1, 2, 3), (2, 3, 2), (3, 2, 3), (1, 3, RUN), (2, 2, RUN - 1), (3, 7, 49),
+        (1, 2, 2), (2, 2, 2), (1, 2, 3), (2, 3, 2), (3, 2, 3), (1, 3, RUN), (2, 2, RUN - 1), (3, 7, 47),
         *[(3, G // 2 + d, 2) for d in (-1, 0, 1)], *[(2, G // RUN + d, RUN) for d in (-1, 0, 1)],
-        *[(rows.BLOCK // (2 * 127) + d, 2, 127) for d in (-1, 0, 1)], *[(8 + d, 16, 127) for d in (-1, 0, 1)],
-        *[(MANY + d, 3, LONG_RUN) for d in (0, 1)], (MANY, 2, RUN + 1), (37, 211, 5), (4, 2 * G // 3 + 1, 3),
+        *[(rows.BLOCK // (2 * 47) + d, 2, 47) for d in (-1, 0, 1)], *[(8 + d, 43, 47) for d in (-1, 0, 1)],
+        *[(256 + d, 2, 31) for d in (-1, 0, 1)], (37, 211, 5), (4, 2 * G // 3 + 1, 3),
     ],
     "rows": [
         (1, 1, 2), (2, 1, B + 1),  # one channel is a column
@@ -237,7 +236,7 @@ GRID_OF_THREADS = [
 
 def test_the_grid_knows_the_sizes():
     # Should they change, so must the grid.
-    assert (B, G, W, T, RUN, rows.BLOCK) == (4096, 2048, 64, 512, 256, 16384)
+    assert (B, G, W, T, RUN, rows.BLOCK) == (4096, 2048, 64, 512, 48, 16384)
     assert groups.BLOCK == rows.BLOCK
 
 

@@ -13,11 +13,11 @@ from batchnorm.kernels.layout import layout_of
 
 DTYPES = (torch.float32, torch.float64)
 
-# Runs of a channel up to so many positions are taken in groups of channels; longer ones too, of many samples.
-_SHORT_RUN, _SHORT_RUN_OF_MANY, _MANY = 256, 1024, 32
+# Runs of a channel up to so many positions are taken in groups of channels.
+_SHORT_RUN = 48
 _GROUP_COLUMNS = 2048
-# What a tile of channels may fill of each tensor: with the others, half of a second-level cache.
-_TILE_BYTES = 128 * 1024
+# What a tile of channels has of each sample: memory is read and written in stretches of this size.
+_TILE_BYTES = 256 * 1024
 # Rows of fewer channels are taken several at a time.
 _WIDE_ROW = 64
 
@@ -106,14 +106,14 @@ def plan(
         return _rows(samples, channels, dtype, threads)
     sample_parts, position_parts = _parts(samples, channels, positions, threads)
     parts = sample_parts * position_parts
-    if positions <= (_SHORT_RUN if samples < _MANY else _SHORT_RUN_OF_MANY) and parts == 1:
+    if positions <= _SHORT_RUN and parts == 1:
         tile = max(1, min(_GROUP_COLUMNS // positions, -(-channels // threads)))
         columns = tile * positions
         return Plan(
             "groups", dtype, (samples, channels, positions), (tile, 1, 1), threads,
             2 * channels + 6 * columns * threads, 2 * channels,
         )  # fmt: skip
-    tile = max(1, _TILE_BYTES // (samples * positions * dtype.itemsize))
+    tile = max(1, _TILE_BYTES // (positions * dtype.itemsize))
     return Plan(
         "slabs", dtype, (samples, channels, positions), (tile, sample_parts, position_parts), threads,
         5 * channels * parts, 5 * channels * parts,

@@ -272,10 +272,10 @@ def forward(real: Real) -> Callable[[Any], None]:
             spread_table(raw, table, c, real)
         barrier()
         width, wide, left_over, start, end = shape_of(raw, thread, team)
-        while end > start:  # backwards: the last rows are those still in the cache
+        while start < end:
             rows = min(rows_per_block(width), end - start)
-            end -= rows
-            apply_block(raw, end, rows, width, real)
+            apply_block(raw, start, rows, width, real)
+            start += rows
         if thread == team - 1 and left_over > 0:
             apply_block(raw, wide, 1, left_over, real)
 
@@ -420,9 +420,9 @@ def backward(real: Real) -> Callable[[Any], None]:
         width, wide, left_over, start, end = shape_of(raw, thread, team)
         if thread == team - 1 and left_over > 0:
             gradient_block(raw, wide, 1, left_over, real)
-        while end > start:  # backwards: the last rows are those still in the cache
+        while start < end:
             rows = min(rows_per_block(width), end - start)
-            end -= rows
-            gradient_block(raw, end, rows, width, real)
+            gradient_block(raw, start, rows, width, real)
+            start += rows
 
     return kernel

@@ -103,20 +103,7 @@ def apply_rows(real: Real, name: str | None, has_residual: bool) -> tuple[Any, C
         return value(z + get(residual, k) if has_residual else z)
 
     def apply(x, residual, y, rows, width, stride, mean, scale, shift):
-        fours = rows // 4
-        for four in range(fours):
-            # Four rows at a time: a quarter of the look-ups of statistics.
-            a = 4 * four * stride
-            b = a + stride
-            c = b + stride
-            d = c + stride
-            for i in range(width):
-                m, s, h = get(mean, i), get(scale, i), get(shift, i)
-                put(y, a + i, of(x, residual, a + i, m, s, h))
-                put(y, b + i, of(x, residual, b + i, m, s, h))
-                put(y, c + i, of(x, residual, c + i, m, s, h))
-                put(y, d + i, of(x, residual, d + i, m, s, h))
-        for row in range(4 * fours, rows):
+        for row in range(rows):
             a = row * stride
             for i in range(width):
                 put(y, a + i, of(x, residual, a + i, get(mean, i), get(scale, i), get(shift, i)))
@@ -140,24 +127,7 @@ def reduce_rows(
         return grad
 
     def reduce(grad_y, x, extra, grad_z, rows, width, stride, mean, scale, shift, first, second):
-        # Four rows at a time: a quarter of the traffic to the sums. But LLVM makes no vectors of four stores.
-        fours = 0 if store else rows // 4
-        for four in range(fours):
-            a = 4 * four * stride
-            b = a + stride
-            c = b + stride
-            d = c + stride
-            for i in range(width):
-                m, s, h = get(mean, i), get(scale, i), get(shift, i)
-                xa, xb = get(x, a + i) - m, get(x, b + i) - m
-                xc, xd = get(x, c + i) - m, get(x, d + i) - m
-                ga = grad_at(grad_y, extra, grad_z, a + i, xa * s + h)
-                gb = grad_at(grad_y, extra, grad_z, b + i, xb * s + h)
-                gc = grad_at(grad_y, extra, grad_z, c + i, xc * s + h)
-                gd = grad_at(grad_y, extra, grad_z, d + i, xd * s + h)
-                add_to_first(first, i, (ga + gb) + (gc + gd))
-                add_to_second(second, i, (ga * xa + gb * xb) + (gc * xc + gd * xd))
-        for row in range(4 * fours, rows):
+        for row in range(rows):
             a = row * stride
             for i in range(width):
                 xa = get(x, a + i) - get(mean, i)
@@ -176,26 +146,16 @@ def gradient_rows(
     """As `gradient_run` for rows."""
     slope = _slope(real, name, slope_from)
 
-    @loop
-    def at_row(grad_y, x, extra, grad_x, k, m, s, h, a, b, c):
-        centred = get(x, k) - m
-        grad = get(grad_y, k) * slope(centred * s + h, extra, k)
-        put(grad_x, k, grad * a + (centred * b + c) if by_batch else grad * a)
-
     def gradient(grad_y, x, extra, grad_x, rows, width, stride, mean, scale, shift, by_grad, by_x, constant):
-        pairs = rows // 2
-        for pair in range(pairs):
-            k = 2 * pair * stride
+        for row in range(rows):
+            a = row * stride
             for i in range(width):
-                m, s, h = get(mean, i), get(scale, i), get(shift, i)
-                a, b, c = get(by_grad, i), get(by_x, i), get(constant, i)
-                at_row(grad_y, x, extra, grad_x, k + i, m, s, h, a, b, c)
-                at_row(grad_y, x, extra, grad_x, k + stride + i, m, s, h, a, b, c)
-        for row in range(2 * pairs, rows):
-            for i in range(width):
-                m, s, h = get(mean, i), get(scale, i), get(shift, i)
-                a, b, c = get(by_grad, i), get(by_x, i), get(constant, i)
-                at_row(grad_y, x, extra, grad_x, row * stride + i, m, s, h, a, b, c)
+                k, centred = a + i, get(x, a + i) - get(mean, i)
+                grad = get(grad_y, k) * slope(centred * get(scale, i) + get(shift, i), extra, k)
+                if by_batch:
+                    put(grad_x, k, grad * get(by_grad, i) + (centred * get(by_x, i) + get(constant, i)))
+                else:
+                    put(grad_x, k, grad * get(by_grad, i))
 
     values, _ = _types(real)
     signature = types.void(*[values] * 4, *[types.int64] * 3, *[values] * 6)

@@ -122,16 +122,25 @@ def block_moments(x, channels, positions, c0, c1, n0, n1, p0, p1, count, table, 
 @loop
 def moments(x, channels, positions, c0, c1, n0, n1, p0, p1, table, real):
     """Moments of the channels c0:c1 over positions p0:p1 of samples n0:n1, block after block."""
-    samples_per_block = max(1, BLOCK // (p1 - p0))
-    count = 0
+    size = p1 - p0
+    samples_per_block = max(1, BLOCK // size)
+    # In the order of memory: of long runs, all of one channel's before the next channel's.
+    channels_per_block = c1 - c0 if size <= BLOCK else 1
     n = n0
     while n < n1:
         next_n = min(n + samples_per_block, n1)
-        p = p0
-        while p < p1:
-            next_p = min(p + BLOCK, p1)
-            count += block_moments(x, channels, positions, c0, c1, n, next_n, p, next_p, count, table, real)
-            p = next_p
+        c = c0
+        while c < c1:
+            next_c = c + channels_per_block
+            count = (n - n0) * size
+            p = p0
+            while p < p1:
+                next_p = min(p + BLOCK, p1)
+                count += block_moments(
+                    x, channels, positions, c, next_c, n, next_n, p, next_p, count, table, real
+                )  # fmt: skip
+                p = next_p
+            c = next_c
         n = next_n
 
 
