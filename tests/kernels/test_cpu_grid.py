@@ -393,3 +393,18 @@ def test_a_layer_equals_torch_nn(shape):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6, msg=f"{name}, step {step}")
         for found, wanted in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("step", [0.0, 1.0, 1.9, 2.1, 30.0, 1e4])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("slabs", (300, 3, 64)), ("groups", (1200, 2, 31)), ("rows", (5000, 64))]
+)
+def test_a_mean_that_moves_from_block_to_block(name, shape, step):
+    """A block is centred at the mean so far only where that is near its own."""
+    samples = torch.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    x = torch.randn(shape) + step * (samples // 256) + 100.0
+    assert kind(x, 1) == name
+    _, moments = cpu.training(x, None, None, eps=EPS, channel_dim=1)
+    others = [dim for dim in range(x.ndim) if dim != 1]
+    torch.testing.assert_close(moments.mean, x.double().mean(others), rtol=1e-7, atol=0.0)
+    torch.testing.assert_close(moments.var(), x.double().var(others, correction=0), rtol=2e-6, atol=0.0)
