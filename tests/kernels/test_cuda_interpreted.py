@@ -624,10 +624,19 @@ def test_layers_by_these_kernels(monkeypatch):
 
 def test_kernels_compile_for_gpus():
     """To machine code, for which Triton needs no GPU; in a process where nothing is interpreted."""
-    script = Path(__file__).with_name("compile_cuda.py")
+    assert printed_by("compile_cuda.py") == [66]
+
+
+def test_calls_compile_as_on_a_gpu_and_not_for_every_batch_size():
+    """Through Triton's just-in-time compiler up to the machine code, with a stand-in for the driver."""
+    first, more = printed_by("specialise_cuda.py")
+    assert first >= 14
+    assert more - first <= 2  # of twelve sizes; tiles are powers of 2
+
+
+def printed_by(script):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment
-    )
+    command = [sys.executable, str(Path(__file__).with_name(script))]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout.split()[0]) == 66
+    return [int(word) for word in run.stdout.split() if word.isdecimal()]
