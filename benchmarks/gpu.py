@@ -1,6 +1,7 @@
-"""Every target on the GPU, measured, in one table; or the thresholds of the kernels.
+"""Every target on the GPU, measured, in one table; or the constants of the kernels.
 
     python benchmarks/gpu.py --data-dir ../shared/data    # writes benchmarks/gpu.txt
+    python benchmarks/gpu.py --tiles                      # prints constants for kernels/cuda/plan.py
     python benchmarks/gpu.py --crossovers                 # prints the table of kernels/cuda/thresholds.py
 
 Without a GPU it says what would be measured, and ends with status 2.
@@ -20,14 +21,17 @@ from rich.console import Console
 
 from batchnorm.files import write_atomically
 from batchnorm.kernels.cuda.thresholds import KINDS, as_python
-from batchnorm.lab import crossover, gpu_targets
+from batchnorm.lab import crossover, gpu_targets, tile_sizes
+from batchnorm.lab.bench import GPU_SHAPES
 from batchnorm.lab.machine import machine_line, versions
 
 
 def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--crossovers", action="store_true", help="measure the thresholds instead")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--tiles", action="store_true", help="try sizes of tiles instead")
+    instead.add_argument("--crossovers", action="store_true", help="measure the thresholds instead")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each shape and case")
     parser.add_argument("--data-dir", help="with Fashion-MNIST")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".txt"))
@@ -39,7 +43,9 @@ def main() -> int:
             print(f"- {target}")
         return 2
     print(header())
-    if options.crossovers:
+    if options.tiles:
+        try_tiles(options.seconds)
+    elif options.crossovers:
         measure_crossovers(options.seconds)
     else:
         measure_targets(options)
@@ -56,6 +62,19 @@ def measure_targets(options: argparse.Namespace) -> None:
     print(text)
     command = "python benchmarks/gpu.py " + " ".join(sys.argv[1:])
     write_atomically(options.output, f"{header()}\n{command.rstrip()}\n\n{text}".encode())
+
+
+def try_tiles(seconds: float) -> None:
+    """Prints the constants of `plan.py` with which ResNet-50's layers take least."""
+    settings = [(dtype, case) for dtype, case, _ in gpu_targets.SETTINGS]
+    shapes = GPU_SHAPES["resnet50"]
+    chosen = tile_sizes.best(
+        lambda: tile_sizes.gpu_seconds(settings, shapes, torch.device("cuda"), seconds / 20),
+        lambda values, time: print(f"{time * 1e6:.1f} us with {values}", file=sys.stderr),
+    )
+    print("for src/batchnorm/kernels/cuda/plan.py:\n")
+    for name, value in chosen.items():
+        print(f"{name} = {value}")
 
 
 def measure_crossovers(seconds: float) -> None:

@@ -15,13 +15,16 @@ import torch
 from rich.console import Console
 
 from batchnorm.kernels.cuda.thresholds import Kind
+from batchnorm.lab import bench as benchmark
 from batchnorm.lab import gpu_targets
-from batchnorm.lab.bench import COMPILED, FLOOR, OURS, TORCH, Case, Result, Shape
+from batchnorm.lab.bench import CASES, COMPILED, FLOOR, OURS, TORCH, Case, Result, Shape
 from batchnorm.lab.bench_nets import MEMORY_EFFICIENT
 from batchnorm.lab.bench_probes import Timing
-from batchnorm.lab.gpu_targets import Line, Measurements
+from batchnorm.lab.data import Dataset
+from batchnorm.lab.gpu_targets import Line, Measurements, OnDevice
 from batchnorm.lab.peak_memory import Setup
-from batchnorm.lab.train import EpochResult
+from batchnorm.lab.recipes import Config, configure
+from batchnorm.lab.train import EpochResult, load_dataset
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 SHAPES: list[Shape] = [(128, 64, 56, 56), (128, 512, 7, 7)]
@@ -84,7 +87,7 @@ def test_every_target_has_its_line_and_is_reached() -> None:
     assert "forward alone, float32 contiguous: ours / torch eager, worst shape" in text
     assert "time of an epoch (median) <= 1.0 s 0.90 s" in text
     assert "after 5 epochs >= 0.8318 - 0.01 0.8400" in text
-    assert "accuracy 0.90 within <= 2.0 s of training 1.80 s, after epoch 2" in text
+    assert "accuracy 0.90 within, warm <= 2.0 s of training 1.80 s, after epoch 2" in text
 
 
 @pytest.mark.parametrize(
@@ -219,6 +222,17 @@ def test_the_script_writes_the_table_with_card_and_versions(
     assert text.count("reached") == sum(line.reached is not None for line in found(good()))
 
 
+def test_the_script_prints_constants(
+    script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from batchnorm.lab import tile_sizes
+
+    monkeypatch.setattr(tile_sizes, "gpu_seconds", lambda *settings: 1.0)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiles"])
+    assert script["main"]() == 0
+    assert "\nTILE = 4096\n" in capsys.readouterr().out
+
+
 def test_the_script_prints_thresholds(
     script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,3 +244,37 @@ def test_the_script_prints_thresholds(
     printed = capsys.readouterr().out
     assert "Kind(training=True, fused=True, rows=True, half=True): None," in printed
     assert "Kind(training=True, fused=True, rows=False, half=True): 1 << 15," in printed
+
+
+def test_layers_are_timed_beside_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def bench(pairs: Any, seconds: float, **options: Any) -> list[Result]:
+        asked.append((list(pairs), seconds, options))
+        return []
+
+    monkeypatch.setattr(benchmark, "bench", bench)
+    case = CASES["forward+backward relu"]
+    device = OnDevice(device="cpu", seconds=0.5, shapes=SHAPES)
+    device.measurements().speeds(case, "float32")
+    expected = {"compiled": True, "device": "cpu", "dtype": "float32"}
+    assert asked == [([(case, shape) for shape in SHAPES], 0.5, expected)]
+
+
+@pytest.mark.parametrize(("recipe", "batch"), [("tutorial", 4), ("fast", None)])
+def test_trainings_are_those_of_the_recipes(
+    monkeypatch: pytest.MonkeyPatch, recipe: str, batch: int | None
+) -> None:
+    digits = load_dataset(configure("digits", train_samples=400, test_samples=50, device="cpu"))
+    configs: list[Config] = []
+
+    def load(config: Config, data_dir: str | None) -> Dataset:
+        configs.append(config)
+        return digits
+
+    monkeypatch.setattr(gpu_targets, "load_dataset", load)
+    history = OnDevice(device="cpu", shapes=SHAPES).measurements().history(recipe, batch)
+    (config,) = configs
+    assert (config.data, config.recipe, config.batch_size) == ("fashion-mnist", recipe, batch or 128)
+    assert len(history) == 5
+    assert (history[-1].accuracy_eval is not None) == config.tutorial_protocol == (recipe == "tutorial")

@@ -100,7 +100,10 @@ class OnDevice:
             "fashion-mnist", recipe, device=self.device, batch_size=batch_size,
             tutorial_protocol=recipe == "tutorial",
         )  # fmt: skip
-        training = Training(config, load_dataset(config, self.data_dir))
+        dataset = load_dataset(config, self.data_dir)
+        # Libraries are loaded and kernels chosen by a training of its own, of a few steps.
+        Training(config, dataset.head(100 * config.batch_size, 1000)).run_epoch()
+        training = Training(config, dataset)
         while not training.finished:
             training.run_epoch()
         return training.history
@@ -266,7 +269,7 @@ def _fast(measured: Measurements) -> Iterator[Line]:
         else f"{reached[1]:.2f} s, after epoch {reached[0]}"
     )
     yield Line(
-        f"fast recipe, Fashion-MNIST: accuracy {GOOD_ACCURACY:.2f} within",
+        f"fast recipe, Fashion-MNIST: accuracy {GOOD_ACCURACY:.2f} within, warm",
         f"<= {FAST_SECONDS} s of training",
         found,
         reached is not None and reached[1] <= FAST_SECONDS,
