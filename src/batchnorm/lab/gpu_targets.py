@@ -187,11 +187,11 @@ def _layers(measured: Measurements, case: Case, dtype: str, name: str) -> Iterat
 def _necessary(result: Result, cache: int) -> float:
     """Tensors that must move for a forward and a backward, of the five that each have to once.
 
-    Statistics are known at the end of a tensor. If by then its start has left the second-level cache, it must
-    be read once more: the input in the forward, the input and the gradient in the backward.
+    Statistics are known at the end of a tensor. What the second-level cache cannot hold until then must be
+    read once more: of the input in the forward, of the input and the gradient in the backward.
     """
     size = result.elements * benchmark.DTYPES[result.dtype].itemsize
-    return (5 + (size > cache) + 2 * (2 * size > cache)) / 5
+    return (5 + max(size - cache, 0) / size + max(2 * size - cache, 0) / size) / 5
 
 
 def _against(
