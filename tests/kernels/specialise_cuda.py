@@ -46,10 +46,10 @@ def train(shape, layout, dtype, activation, with_residual):
         torch.ones(shape, dtype=dtype).to(memory_format=layout).requires_grad_() for _ in range(3)
     )
     weight, bias, mean, var = (torch.ones(shape[1]) for _ in range(4))
-    options = {"eps": 1e-5, "channel_dim": 1, "activation": activation}
+    options = {"eps": 1e-5 * shape[0], "channel_dim": 1, "activation": activation}
     options["residual"] = residual if with_residual else None
     y = cuda.training_and_moving(
-        x, weight.requires_grad_(), bias.requires_grad_(), mean, var, torch.zeros((), dtype=torch.int64), 0.1,
+        x, weight.requires_grad_(), bias.requires_grad_(), mean, var, torch.zeros((), dtype=torch.int64), 1 / shape[0],
         **options,
     )  # fmt: skip
     y.backward(grad.detach())

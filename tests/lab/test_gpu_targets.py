@@ -147,7 +147,7 @@ def test_what_the_cache_cannot_hold_must_be_read_twice() -> None:
 
     assert shares(2**40) == [("62%", False)] * 2
     assert shares(0) == [("100%", True)] * 2
-    # Of two bytes a value, the input of the other shape (6 MB) and its gradient fit; that of the first does not.
+    # Of two bytes a value, the second shape's input (6 MB) and gradient fit; the first's do not.
     cache = 40 * 10**6
     again = 3 - 2 * cache / (2 * math.prod(SHAPES[0]))
     assert shares(cache)[0] == (f"{5 / 8 * ((5 + again) / 5) ** 0.5:.0%}", False)
