@@ -48,10 +48,8 @@ def train(shape, layout, dtype, activation, with_residual):
     weight, bias, mean, var = (torch.ones(shape[1]) for _ in range(4))
     options = {"eps": 1e-5 * shape[0], "channel_dim": 1, "activation": activation}
     options["residual"] = residual if with_residual else None
-    y = cuda.training_and_moving(
-        x, weight.requires_grad_(), bias.requires_grad_(), mean, var, torch.zeros((), dtype=torch.int64), 1 / shape[0],
-        **options,
-    )  # fmt: skip
+    moved = mean, var, torch.zeros((), dtype=torch.int64), 1 / shape[0]
+    y = cuda.training_and_moving(x, weight.requires_grad_(), bias.requires_grad_(), *moved, **options)
     y.backward(grad.detach())
     cuda.inference(x, mean, var, weight, bias, **options)
 
