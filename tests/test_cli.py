@@ -48,8 +48,9 @@ def test_train_writes_its_results_and_prints_a_line_per_epoch(
     assert run(["train", *SMALL, "--output", "run"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
-        r"epoch 2, batch size 16, train loss \d\.\d{6}, time \d+\.\d\d s, accuracy [01]\.\d{4}", printed[-1]
+        r"epoch 2, batch size 16, train loss \d\.\d{6}, time \d+\.\d\d s, accuracy [01]\.\d{4}", printed[-2]
     )
+    assert printed[-1].startswith("2 epochs of training in ")
     assert [line["epoch"] for line in metrics(tmp_path / "run")] == [1, 2]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "finished"

@@ -1,6 +1,6 @@
-"""Compiles every Triton kernel to machine code for two GPUs, and prints how many; run by the tests.
+"""Compiles every Triton kernel to machine code for three GPUs, and prints how many; run by the tests.
 
-Triton needs no GPU for it, only that nothing is interpreted.
+Ampere, Hopper and Blackwell. Triton needs no GPU for it, only that nothing is interpreted.
 """
 
 import os
@@ -39,7 +39,11 @@ def binary(kernel, capability, data, parameters, absent=(), warps=4, **constants
 def main():
     """Each kernel, over runs and over rows; the dtypes and what is absent in turn."""
     count = 0
-    for rows, capability, data, parameters in [(False, 80, "fp32", "fp32"), (True, 90, "bf16", "bf16")]:
+    for rows, capability, data, parameters in [
+        (False, 80, "fp32", "fp32"),
+        (True, 90, "bf16", "bf16"),
+        (True, 100, "bf16", "fp32"),
+    ]:
         shape = {"ROWS": rows, "HEIGHT": 16, "WIDTH": 32, "WIDE": tl.float32}
         dtypes = (capability, data, parameters)
         for activation, slope_from in [

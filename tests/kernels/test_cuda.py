@@ -13,7 +13,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.kernels import choose, cuda, native, reference
 from batchnorm.kernels.autograd import FUSED
-from batchnorm.kernels.cuda import plan as planning
+from batchnorm.kernels.cuda import thresholds
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +28,7 @@ ACTIVATIONS = [None, *sorted(filter(None, FUSED))]
 
 @pytest.fixture(autouse=True)
 def _every_size(monkeypatch):
-    monkeypatch.setattr(planning, "SMALLEST", 1)
+    monkeypatch.setattr(thresholds, "LEAST_VALUES", dict.fromkeys(thresholds.KINDS, 1))
     torch.manual_seed(0)
 
 

@@ -6,6 +6,8 @@ And compiled for GPUs, which needs none. Where there is a GPU, `test_cuda.py` ru
 import os
 import subprocess
 import sys
+from copy import deepcopy
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from batchnorm import kernels
 from batchnorm.kernels import cuda, native, reference
 from batchnorm.kernels.autograd import FUSED
 from batchnorm.kernels.cuda import plan as planning
+from batchnorm.kernels.cuda import thresholds
+from batchnorm.lab.bench_probes import held_bytes
 from batchnorm.recipes import Recording
 
 pytestmark = [
@@ -480,7 +484,8 @@ def test_statistics_of_memory_with_gaps_are_refused():
 
 
 def test_what_is_supported(monkeypatch):
-    monkeypatch.setattr(planning, "SMALLEST", 100)
+    kinds = {kind: 100 if kind.fused else None for kind in thresholds.KINDS}
+    monkeypatch.setattr(thresholds, "LEAST_VALUES", kinds)
     monkeypatch.setattr(cuda, "_work", lambda: True)
     x = torch.randn(4, 5, 10)
     assert cuda.supports(x, 1, (), None, "relu")
@@ -500,24 +505,105 @@ def test_what_is_supported(monkeypatch):
     assert not cuda.supports(x, 1, (), None, "relu")
 
 
+def test_every_kind_of_call_has_its_own_threshold(monkeypatch):
+    monkeypatch.setattr(cuda, "_work", lambda: True)
+    x = torch.randn(2, 4, 5, 5)
+    last = x.contiguous(memory_format=torch.channels_last)
+    for chosen in thresholds.KINDS:
+        only = dict.fromkeys(thresholds.KINDS) | {chosen: 200}
+        monkeypatch.setattr(thresholds, "LEAST_VALUES", only)
+        for kind in thresholds.KINDS:
+            tensor = (last if kind.rows else x).to(torch.bfloat16 if kind.half else torch.float32)
+            activation = "relu" if kind.fused else None
+            for values, enough in ((tensor, kind == chosen), (tensor[:1], False)):
+                found = cuda.supports(values, 1, (), None, activation, kind.training)
+                assert found == enough, (kind, chosen)
+
+
+def test_the_table_of_thresholds_is_printed_as_it_is_written():
+    source = Path(thresholds.__file__).read_text()
+    assert thresholds.as_python(thresholds.LEAST_VALUES) in source
+    with thresholds.everywhere(5):
+        assert thresholds.worthwhile(thresholds.KINDS[-1], 5)
+        assert not thresholds.worthwhile(thresholds.KINDS[-1], 4)
+    assert thresholds.as_python(thresholds.LEAST_VALUES) in source
+
+
+def test_what_int32_cannot_count_is_left_to_torch():
+    def has_plan(shape, last=False):
+        layout = torch.channels_last if last else torch.contiguous_format
+        x = torch.empty(shape, dtype=torch.float16, device="meta", memory_format=layout)
+        return planning.plan(x.shape, x.stride(), x.dtype, 1, 132) is not None
+
+    for last in (False, True):
+        assert has_plan((2**14, 2, 2**8, 2**8), last)
+        assert not has_plan((2**14, 2, 2**8, 2**8 + 1), last)
+    assert not has_plan((2**31, 1))
+    assert not has_plan((4, 2**28))
+
+
+def test_the_first_call_in_a_capture_leaves_the_question_open(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(cuda, "_tried", cache(lambda: True))
+    assert not cuda._work()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert cuda._work()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert cuda._work()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_half_precision_is_rebuilt_to_the_bit(monkeypatch, last):
+    """memory_efficient under autocast: no convolution keeps the output of the batch norm before it."""
+    monkeypatch.setattr(kernels, "cpu", cuda)
+    monkeypatch.setattr(cuda, "_work", lambda: True)
+    model = torch.nn.Sequential(
+        *(
+            layer
+            for _ in range(3)
+            for layer in (torch.nn.Conv2d(4, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+        )
+    )
+    plain, efficient = (bn.convert(deepcopy(model), memory_efficient=lean) for lean in (False, True))
+    x = torch.randn(2, 4, 9, 9).to(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+    def loss(net):
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(x).float().square().mean()
+
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with thresholds.everywhere():
+            for net in (plain, efficient):
+                loss(net).backward()
+            saved = [held_bytes(lambda net=net: loss(net)) for net in (plain, efficient)]
+    finally:
+        torch.set_autocast_cache_enabled(True)
+    for one, other in zip(plain.parameters(), efficient.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+    outputs = 2 * 4 * (7 * 7 + 5 * 5) * 2  # of the first two batch norms, in bytes
+    assert saved[0] - saved[1] > 0.9 * outputs
+
+
 def test_a_machine_where_they_do_not_work_says_so_once(monkeypatch):
     def fail():
         raise RuntimeError("no C compiler")
 
     monkeypatch.setattr(cuda, "_launch", fail)
-    cuda._work.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    cuda._tried.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="GPU kernels cannot be compiled, torch's own do"):
             assert not cuda._work()
         assert not cuda._work()
     finally:
-        cuda._work.cache_clear()
+        cuda._tried.cache_clear()
 
 
 def test_layers_by_these_kernels(monkeypatch):
     monkeypatch.setattr(kernels, "cpu", cuda)  # what `choose` takes for tensors that are not on a GPU
     monkeypatch.setattr(cuda, "_work", lambda: True)
-    monkeypatch.setattr(planning, "SMALLEST", 1)
+    monkeypatch.setattr(thresholds, "LEAST_VALUES", dict.fromkeys(thresholds.KINDS, 1))
     ours, theirs = bn.BatchNorm2d(3, activation="relu"), torch.nn.BatchNorm2d(3)
     for _ in range(2):
         x = torch.randn(4, 3, 5, 5, requires_grad=True)
@@ -538,10 +624,19 @@ def test_layers_by_these_kernels(monkeypatch):
 
 def test_kernels_compile_for_gpus():
     """To machine code, for which Triton needs no GPU; in a process where nothing is interpreted."""
-    script = Path(__file__).with_name("compile_cuda.py")
+    assert printed_by("compile_cuda.py") == [66]
+
+
+def test_calls_compile_as_on_a_gpu_and_not_for_every_batch_size():
+    """Through Triton's just-in-time compiler up to the machine code, with a stand-in for the driver."""
+    first, more = printed_by("specialise_cuda.py")
+    assert first >= 14
+    assert more - first <= 2  # of twelve sizes; tiles are powers of 2
+
+
+def printed_by(script):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment
-    )
+    command = [sys.executable, str(Path(__file__).with_name(script))]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout.split()[0]) == 49
+    return [int(word) for word in run.stdout.split() if word.isdecimal()]

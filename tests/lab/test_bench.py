@@ -105,7 +105,7 @@ def test_times_all_in_turn_and_counts_what_torch_saves(case: bench.Case, shape: 
     tensors = 1 + (case.activation == "relu")
     assert result.saved_bytes[TORCH] == 4 * (tensors * math.prod(shape) + 2 * shape[1])
     assert result.saved_bytes[OURS] > 0
-    assert result.note is None
+    assert result.notes == ()
 
 
 def test_a_contender_is_timed_without_its_gradients() -> None:
@@ -203,7 +203,7 @@ def test_torch_compile_is_one_more_contender(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch, "compile", compile_)
     result = bench.measure(CASES["forward+backward residual relu"], (4, 6), NO_TIME, compiled=True)
     assert set(result.timings) == {TORCH, COMPILED, OURS, FLOOR}
-    assert result.note is None
+    assert result.notes == ()
     assert len(compiled) == 1
 
 
@@ -215,7 +215,7 @@ def test_torch_compile_that_fails_is_a_note(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "compile", compile_)
     result = bench.measure(CASES["forward"], (4, 6), NO_TIME, compiled=True)
     assert set(result.timings) == {TORCH, OURS, FLOOR}
-    assert result.note == "torch.compile failed: no linker"
+    assert result.notes == ("torch.compile failed: no linker",)
 
 
 def test_summaries() -> None:

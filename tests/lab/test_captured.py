@@ -2,6 +2,7 @@
 plain loop. The graph itself needs a GPU."""
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -9,14 +10,13 @@ import torch
 from batchnorm.lab import captured
 from batchnorm.lab.captured import CapturedSteps
 from batchnorm.lab.recipes import configure
+from batchnorm.lab.scheduled_adam import ScheduledAdam
 from batchnorm.lab.train import Training, load_dataset
 
 
 def training(**changes):
-    config = configure(
-        "digits", norm="batchnorm", train_samples=180, test_samples=50, batch_size=8, schedule="constant",
-        device="cpu", **changes,
-    )  # fmt: skip
+    settings = {"norm": "batchnorm", "batch_size": 8, "schedule": "constant"} | changes
+    config = configure("digits", train_samples=180, test_samples=50, device="cpu", **settings)
     return Training(config, load_dataset(config))
 
 
@@ -43,7 +43,7 @@ def test_an_epoch_of_captured_steps_is_an_epoch(captures):
         assert sum(steps) == 23  # 22 whole batches and one of 4
         assert actual.loss == pytest.approx(expected.loss, rel=1e-6)
         assert actual.accuracy == expected.accuracy
-    assert len(captures) == 1
+    assert len(captures) == 2  # seven steps, and one
     for name, value in plain.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
 
@@ -57,7 +57,7 @@ def test_resuming_captures_anew(captures):
     other.run_epoch()
     other.load_state_dict(deepcopy(one.state_dict()))
     assert one.run_epoch().loss == other.run_epoch().loss
-    assert len(captures) == 3
+    assert len(captures) == 6
 
 
 def test_too_few_steps_are_not_captured(captures):
@@ -74,17 +74,71 @@ def test_too_few_steps_are_not_captured(captures):
     assert captures == []
 
 
-@pytest.mark.parametrize("changes", [{"schedule": "one-cycle"}, {"norm": "handwritten"}])
-def test_what_changes_from_step_to_step_in_python_is_not_captured(changes):
-    config = configure("digits", train_samples=50, test_samples=10, device="cpu", **changes)
+@pytest.mark.parametrize("recipe", ["tutorial", "fast"])
+def test_a_schedule_is_captured_with_the_numbers_of_the_plain_loop(captures, recipe):
+    settings = {"epochs": 3, "schedule": "one-cycle", "recipe": recipe, "dtype": "float64"}
+    plain, other = training(**settings), training(**settings)
+    other._captured = other._make_captured()
+    for epoch in range(3):
+        expected, actual = plain.run_epoch(), other.run_epoch()
+        assert actual.loss == pytest.approx(expected.loss, rel=1e-9)
+        assert actual.accuracy == expected.accuracy
+        if epoch == 0:  # goes on from a checkpoint of the plain loop, too
+            other.load_state_dict(deepcopy(plain.state_dict()))
+    assert len(captures) == 4
+    assert other.schedule.state_dict() == plain.schedule.state_dict()
+    expected, actual = plain.optimizer.state_dict(), other.optimizer.state_dict()
+    assert actual["param_groups"] == expected["param_groups"]
+    torch.testing.assert_close(actual["state"], expected["state"], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(dict(other.model.state_dict()), dict(plain.model.state_dict()))
+
+
+def test_scheduled_steps_are_those_of_adam():
+    def parameters():
+        generator = torch.Generator().manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 4), (5,))]
+
+    def one_cycle(optimizer):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=30)
+
+    theirs, ours = parameters(), parameters()
+    plain, other = torch.optim.Adam(theirs, fused=True), torch.optim.Adam(ours, fused=True)
+    schedule, scheduled = one_cycle(plain), ScheduledAdam(other, one_cycle, 30)
+    for step in range(30):
+        if step == 20:  # as after a checkpoint
+            scheduled = ScheduledAdam(other, one_cycle, 30)
+            scheduled.go_to(20)
+        for one, same in zip(theirs, ours, strict=True):
+            one.grad = torch.randn(one.shape)
+            same.grad = one.grad.clone()
+        plain.step()
+        schedule.step()
+        scheduled.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_scheduled_step_asks_the_device_for_nothing():
+    """A tensor without numbers has none to give, as a device has none to give during a capture."""
+    parameter = torch.nn.Parameter(torch.ones(3, device="meta"))
+    optimizer = torch.optim.Adam([parameter])
+    schedule = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=3)
+    scheduled = ScheduledAdam(optimizer, schedule, 3)
+    parameter.grad = torch.ones(3, device="meta")
+    scheduled.go_to(1)
+    scheduled.step()
+
+
+def test_what_changes_from_step_to_step_in_python_is_not_captured():
+    config = configure("digits", train_samples=50, test_samples=10, device="cpu", norm="handwritten")
     assert Training(config, load_dataset(config))._make_captured() is None
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_a_cuda_graph_trains_as_the_plain_loop():
+@pytest.mark.parametrize("schedule", ["constant", "one-cycle"])
+def test_a_cuda_graph_trains_as_the_plain_loop(schedule):
     def run(with_graph):
-        config = configure("digits", batch_size=16, epochs=2, schedule="constant", device="cuda")
+        config = configure("digits", batch_size=16, epochs=2, schedule=schedule, device="cuda")
         one = Training(config, load_dataset(config))
         assert one._captured is not None
         if not with_graph:

@@ -20,6 +20,7 @@ from batchnorm.lab.compare import compare as run_comparison
 from batchnorm.lab.data import DATASETS
 from batchnorm.lab.machine import machine_line
 from batchnorm.lab.nets import NORMS
+from batchnorm.lab.pace import pace_line
 from batchnorm.lab.processes import ProcessError, World, is_of_another_process, joined
 from batchnorm.lab.recipes import DTYPES, RECIPES, Config, configure
 from batchnorm.lab.run_folder import RunFolder, RunFolderError, default_output
@@ -133,6 +134,7 @@ def _run(training: Training, folder: RunFolder | None) -> None:
             if folder is not None:
                 folder.save(training)
             out.print(_epoch_line(config, result))
+        out.print(pace_line(training.history))
     except KeyboardInterrupt:
         world.finish_in_peace()
         if folder is not None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import batchnorm
+from batchnorm.lab import peers as peering
 from batchnorm.lab.bench_probes import (
     Contender,
     DeviceClock,
@@ -27,6 +28,7 @@ from batchnorm.lab.bench_probes import (
     take_turns,
 )
 from batchnorm.lab.machine import machine, versions
+from batchnorm.lab.peers import PEERS, Peer
 
 TORCH, COMPILED, OURS, FLOOR = "torch.nn", "torch.compile", "batchnorm", "floor"
 # On a GPU, where it is the layout that decides which of torch's kernels runs.
@@ -106,13 +108,13 @@ CASES = {
 
 @dataclass(frozen=True)
 class Result:
-    """What one case gave for one shape; `note` says why a contender is missing."""
+    """What one case gave for one shape; `notes` say why contenders are missing."""
 
     case: str
     shape: Shape
     timings: dict[str, Timing]
     saved_bytes: dict[str, int]
-    note: str | None = None
+    notes: tuple[str, ...] = ()
     dtype: str = "float32"
     device: str = "cpu"
 
@@ -239,10 +241,15 @@ def bench(
         device: "cpu", or a GPU such as "cuda".
         dtype: of DTYPES, that of the tensors; weights, biases and statistics are float32.
         on_steps: told after each that 1 more is done.
+
+    On a GPU the PEERS that are installed are timed too.
     """
+    peers = () if device == "cpu" else PEERS
     results = []
     for case, shape in pairs:
-        results.append(measure(case, shape, seconds, compiled=compiled, device=device, dtype=dtype))
+        results.append(
+            measure(case, shape, seconds, compiled=compiled, device=device, dtype=dtype, peers=peers)
+        )
         on_steps(1)
     return results
 
@@ -255,33 +262,40 @@ def measure(
     compiled: bool = False,
     device: str = "cpu",
     dtype: str = "float32",
+    peers: Sequence[Peer] = (),
 ) -> Result:
     """Time all contenders in turn for so many seconds, and count the bytes they save for backward."""
     place = torch.device(device)
     theirs, ours = layers(case, shape, place)
     inputs, gradient = data(case, shape, place, DTYPES[dtype])
     contenders = {
-        TORCH: _contender(theirs, inputs, gradient),
-        OURS: _contender(ours, inputs, gradient),
+        TORCH: Contender.training(theirs, inputs, gradient),
+        OURS: Contender.training(ours, inputs, gradient),
         FLOOR: _floor(inputs[0], gradient),
     }
     other = replace(case, channels_last=not case.channels_last)
     if place.type != "cpu" and len(shape) in (4, 5):
-        contenders[TORCH_OTHER_LAYOUT] = _contender(theirs, *data(other, shape, place, DTYPES[dtype]))
+        contenders[TORCH_OTHER_LAYOUT] = Contender.training(theirs, *data(other, shape, place, DTYPES[dtype]))
     with warnings.catch_warnings():
-        note = None
-        if compiled:
+        notes = []
+        if compiled or peers:
             warnings.simplefilter("ignore")
+        if compiled:
             contender, note = _compiled(case, shape, inputs, gradient)
             if contender is not None:
                 contenders[COMPILED] = contender
+            if note is not None:
+                notes.append(note)
+        others, failures = peering.contenders(case, shape, inputs, gradient, theirs, peers)
+        contenders |= others
+        notes += failures
         clock = Contender.seconds if place.type == "cpu" else DeviceClock(place)
         timings = take_turns(contenders, seconds, clock)
     saved = {
         name: _saved_bytes(layer, case, shape, place, DTYPES[dtype])
         for name, layer in ((TORCH, theirs), (OURS, ours))
     }
-    return Result(case.name, shape, timings, saved, note, dtype, place.type)
+    return Result(case.name, shape, timings, saved, tuple(notes), dtype, place.type)
 
 
 def speedups(results: Sequence[Result]) -> dict[str, Summary]:
@@ -396,16 +410,6 @@ def data(
     return inputs, normal() if case.backward else None
 
 
-def _contender(layer: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor | None) -> Contender:
-    def step() -> Tensor:
-        y = layer(*inputs)
-        y.backward(gradient)
-        return y
-
-    parameters = layer.parameters() if isinstance(layer, nn.Module) else ()
-    return Contender((lambda: layer(*inputs)) if gradient is None else step, [*inputs, *parameters])
-
-
 def _floor(x: Tensor, gradient: Tensor | None) -> Contender:
     x = x.detach()
     return Contender(x.clone if gradient is None else lambda: (x.clone(), x + gradient))
@@ -417,10 +421,11 @@ def _compiled(
     """torch.nn's layer through torch.compile, compiled by a first call; or None and why not."""
     try:
         torch.compiler.reset()  # each shape from scratch, so that no limit on recompiling is reached
-        contender = _contender(torch.compile(layers(case, shape, inputs[0].device)[0]), inputs, gradient)
+        contender = Contender.training(
+            torch.compile(layers(case, shape, inputs[0].device)[0]), inputs, gradient
+        )
         contender.call()
-        for leaf in contender.leaves:
-            leaf.grad = None
+        contender.forget()
         return contender, None
     except Exception as error:  # whatever the compiler, or the lack of one, may raise
         return (

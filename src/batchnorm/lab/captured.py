@@ -7,14 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Steps in a graph, and steps before it is captured: libraries choose their kernels in the first ones.
+# Steps in the larger of two graphs (one of a whole epoch would hold a million nodes; the smaller has one
+# step, for what is left), and steps before they are captured, in which libraries choose their kernels.
 STEPS_PER_GRAPH, WARM_UP = 50, 3
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
 class CapturedSteps:
-    """The whole batches of epochs, several per graph; each step finds its batch by a counter on the device.
+    """The whole batches of epochs in CUDA graphs; each step finds its batch by a counter on the device.
 
     Args:
         step: trains on images and labels, and returns the loss; nothing in it may depend on a number in
@@ -38,7 +39,7 @@ class CapturedSteps:
         self._within_batch = torch.arange(batch_size, device=labels.device)
         self._at = torch.zeros((), dtype=torch.int64, device=labels.device)
         self._sum_of_losses = torch.zeros((), device=labels.device)
-        self._again: Callable[[], None] | None = None
+        self._again: tuple[Callable[[], None], Callable[[], None]] | None = None
 
     def run(self, order: Tensor, on_steps: Callable[[int], None]) -> tuple[Tensor, int]:
         """Train on the whole batches of an epoch, in this order of all images.
@@ -54,13 +55,14 @@ class CapturedSteps:
             self._warm_up()
             left -= WARM_UP
             on_steps(WARM_UP)
-            self._again = self._capture(self._steps)
-        while self._again is not None and left >= STEPS_PER_GRAPH:
-            self._again()
+            self._again = self._capture(self._steps), self._capture(self._one)
+        many, one = (self._steps, self._one) if self._again is None else self._again
+        while left >= STEPS_PER_GRAPH:
+            many()
             left -= STEPS_PER_GRAPH
             on_steps(STEPS_PER_GRAPH)
         for _ in range(left):
-            self._one()
+            one()
         on_steps(left)
         return self._sum_of_losses.clone(), len(order) // self._size
 

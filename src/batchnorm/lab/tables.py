@@ -26,6 +26,7 @@ _TIMED = {
     OURS: "ms,\nours",
     FLOOR: "ms,\nfloor",
 }
+_PEER = "ms,\n{}"
 
 
 def comparison(result: Comparison) -> Table:
@@ -80,7 +81,7 @@ def bench(results: Sequence[Result], nets: Nets | None) -> Iterator[Table | str]
         for case, (share, compiled) in benchmark.means_on_gpu(results).items():
             beside = "" if compiled is None else f", torch.compile's time / ours {compiled:.2f}"
             yield f"{case}, geometric means: {share:.0%} of the copies' bandwidth{beside}"
-    for note, count in Counter(result.note for result in results if result.note).items():
+    for note, count in Counter(note for result in results for note in result.notes).items():
         yield f"{note} ({count} of {len(results)})"
     yield _rounds_line(results)
     threads = torch.get_num_threads()
@@ -111,13 +112,14 @@ def moved_statistics(model: nn.Module, before: Mapping[str, Tensor]) -> Table:
 
 
 def _case_table(case: str, results: Sequence[Result]) -> Table:
-    timed = [name for name in _TIMED if any(name in result.timings for result in results)]
+    present = {name for result in results for name in result.timings}
+    timed = [name for name in _TIMED if name in present] + sorted(present - _TIMED.keys())
     on_gpu = results[0].device != "cpu"
     dtype = results[0].dtype
     table = _table(
         case if dtype == "float32" else f"{case} {dtype}",
         "shape",
-        *(_TIMED[name] for name in timed),
+        *(_TIMED.get(name, _PEER.format("\n".join(name.split()))) for name in timed),
         *(
             "torch/\nours",
             "ours/\nfloor",

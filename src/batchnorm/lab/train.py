@@ -7,6 +7,7 @@ mean loss over the whole batch, are those of one process.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.lab.captured import CapturedSteps
+from batchnorm.lab.captured import CapturedSteps, Step
 from batchnorm.lab.data import Dataset, load
 from batchnorm.lab.handwritten import HandwrittenBatchNorm
 from batchnorm.lab.losses import Losses
 from batchnorm.lab.nets import LeNet
 from batchnorm.lab.processes import ALONE, World, merge_statistics, parallel, unsynchronised
 from batchnorm.lab.recipes import DTYPES, Config
+from batchnorm.lab.scheduled_adam import ScheduledAdam
 from batchnorm.model import convert, hold
 
 _TEST_BATCH = 1000
@@ -92,19 +94,26 @@ class Training:
     def _make_captured(self) -> CapturedSteps | None:
         """Steps for a CUDA graph, where nothing in them is a number of Python's that changes.
 
-        A schedule sets the optimizer's in every step, a scaler asks for one, and the hand-written layer makes
-        new tensors of its statistics.
+        A scaler asks the device for one, and the hand-written layer makes new tensors of its statistics.
         """
-        if self.schedule is not None or self.scaler.is_enabled() or self._handwritten():
+        if self.scaler.is_enabled() or self._handwritten():
             return None
+        step: Step = self._step
+        if self.schedule is not None:
+            self._scheduled = ScheduledAdam(self.optimizer, self._one_cycle, self._total_steps)
+            step = self._scheduled_step
         data = self.dataset
-        return CapturedSteps(self._step, data.train_images, data.train_labels, self.config.batch_size)
+        return CapturedSteps(step, data.train_images, data.train_labels, self.config.batch_size)
 
     def _make_schedule(self) -> torch.optim.lr_scheduler.OneCycleLR | None:
-        if self.config.schedule == "constant":
-            return None
-        steps = self.config.epochs * self.steps_per_epoch
-        return torch.optim.lr_scheduler.OneCycleLR(self.optimizer, self.config.lr, total_steps=steps)
+        return None if self.config.schedule == "constant" else self._one_cycle(self.optimizer)
+
+    def _one_cycle(self, optimizer: torch.optim.Adam) -> torch.optim.lr_scheduler.OneCycleLR:
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, self.config.lr, total_steps=self._total_steps)
+
+    @property
+    def _total_steps(self) -> int:
+        return self.config.epochs * self.steps_per_epoch
 
     @property
     def finished(self) -> bool:
@@ -135,8 +144,11 @@ class Training:
         order = torch.randperm(len(self.dataset.train_labels), generator=self.shuffling).to(self.device)
         first = 0
         if self._captured is not None:
+            if self.schedule is not None:
+                self._scheduled.go_to(self.schedule.last_epoch)
             total, first = self._captured.run(order, on_steps)
             losses.add(total, self.config.batch_size, first)
+            self._advance_schedule(first)
         steps = 0
         for images, labels, samples in self._batches(order, first):
             losses.add(self._step(images, labels, samples), samples)
@@ -151,8 +163,29 @@ class Training:
             merge_statistics(self.model)
         return losses
 
+    def _advance_schedule(self, steps: int) -> None:
+        """Let the schedule go on as by these steps of the plain loop."""
+        if self.schedule is None:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the optimizer's own step has not been called
+            for _ in range(steps):
+                self.schedule.step()
+
     def _step(self, images: Tensor, labels: Tensor, samples: int = 0) -> Tensor:
         """Train on a batch; its loss. Of this process's part of a batch of so many samples, its part."""
+        loss = self._backward(images, labels, samples)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss
+
+    def _scheduled_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """As `_step` with the schedule's, for a CUDA graph."""
+        loss = self._backward(images, labels)
+        self._scheduled.step()
+        return loss
+
+    def _backward(self, images: Tensor, labels: Tensor, samples: int = 0) -> Tensor:
         with torch.autocast(self.device.type, DTYPES[self.config.dtype]) if self.autocast else nullcontext():
             if self._parallel is None:
                 loss = total = F.cross_entropy(self.model(images), labels)
@@ -163,8 +196,6 @@ class Training:
                 total = loss * self.world.size  # of the processes' gradients the mean is taken
         self.optimizer.zero_grad()
         self.scaler.scale(total).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
         return loss.detach()
 
     def _batches(self, order: Tensor, first: int = 0) -> Iterator[tuple[Tensor, Tensor, int]]:
@@ -212,10 +243,10 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._check_optimizer()
-        if self._captured is not None:
-            self._captured = self._make_captured()  # a graph would go on with the optimizer's old tensors
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
+        if self._captured is not None:
+            self._captured = self._make_captured()  # a graph would go on with the optimizer's old tensors
         self.scaler.load_state_dict(state["scaler"])
         self.shuffling.set_state(state["shuffling"])
         for name, layer in self._handwritten():

@@ -26,9 +26,10 @@ def memory_efficient(model: nn.Module, enabled: bool = True) -> nn.Module:
     an output in the backward pass. An output whose residual is itself built again is kept, so that no rebuild
     waits for another: in a residual network that of every second block.
 
-    For this package's layers in float32 or float64 on the CPU, whose small inputs go by the compiled kernels
-    too; all others work as before. Where something else takes care of what is saved (activation checkpointing
-    around the model, save_on_cpu, torch.compile) it is left to that. As inside any
+    For this package's layers, in float32 or float64 on the CPU and in half precision too on a GPU; small
+    inputs go by the compiled kernels too, inside. All others work as before. Where something else takes care
+    of what is saved (activation checkpointing around the model, save_on_cpu, torch.compile) it is left to
+    that. As inside any
     `torch.autograd.graph.saved_tensors_hooks`, the model's forward cannot use torch.func.grad, and changes
     made through `.data` go unnoticed.
 

@@ -18,6 +18,7 @@ from batchnorm import recipes
 from batchnorm.kernels.autograd import Call, can_run_here, in_layout_of, is_plain
 from batchnorm.kernels.cuda import plan as planning
 from batchnorm.kernels.cuda.plan import Plan
+from batchnorm.kernels.cuda.thresholds import Kind, worthwhile
 from batchnorm.moments import Moments
 
 
@@ -32,10 +33,9 @@ def supports(
     """Whether the kernels take these tensors where this code is running, and ought to be faster."""
     size, dtype, channels = x.numel(), x.dtype, x.shape[channel_dim]
     recording = recipes.is_recording() and torch.is_grad_enabled()
-    # Torch reads and writes as little for a batch norm alone: what can be saved is the pass of what follows.
-    if size == 0 or (
-        (size < planning.SMALLEST or (activation is None and residual is None)) and not recording
-    ):
+    fused, rows = activation is not None or residual is not None, x.stride(channel_dim) == 1
+    kind = Kind(training, fused, rows, dtype.itemsize == 2)
+    if size == 0 or not (recording or worthwhile(kind, size)):
         return False
     if dtype not in planning.DTYPES or not is_plain(x):
         return False
@@ -55,8 +55,15 @@ def supports(
     return _plan(x, channel_dim) is not None and can_run_here() and _work()
 
 
-@cache
 def _work() -> bool:
+    """Whether Triton is there and compiles, as far as can be told here."""
+    if _tried.cache_info().currsize == 0 and torch.cuda.is_current_stream_capturing():
+        return False  # to try it would spoil the capture, and what fails in one may work outside
+    return _tried()
+
+
+@cache
+def _tried() -> bool:
     """Whether Triton is there and compiles; says once why not."""
     if find_spec("triton") is None:
         return False
@@ -334,7 +341,8 @@ def _plan_of(x: Tensor, channel_dim: int) -> Plan:
     the_plan = _plan(x, channel_dim)
     if the_plan is None:
         raise ValueError(
-            f"expected an input that is contiguous or has its channels last, got strides {x.stride()} for "
-            f"shape {tuple(x.shape)}: make it so with x.contiguous()"
+            f"expected an input that is contiguous or has its channels last, with at most "
+            f"{planning.MOST_VALUES:,} values of a channel, got strides {x.stride()} for shape "
+            f"{tuple(x.shape)}: make it so with x.contiguous()"
         )
     return the_plan

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from batchnorm.kernels.cuda.activations import differentiate
 from batchnorm.kernels.cuda.channel import finish_gradient, load_statistics, rounded
-from batchnorm.kernels.cuda.tile import channels_of, place, total
+from batchnorm.kernels.cuda.tile import channels_of, from_the_end, place, total
 
 
 @triton.jit(do_not_specialize=["samples", "tiles", "tiles_of_positions", "parts"])
@@ -67,7 +67,7 @@ def grad(
     ACTIVATION: tl.constexpr, SLOPE_FROM: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x, and that before the activation, which is the residual's; either may be None."""
-    block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    block, tile = from_the_end(blocks)
     c, there = channels_of(block, channels, ROWS, WIDTH)
     mean, scale, shift = load_statistics(table, c, there, channels)
     mean, scale, shift = rounded(mean, scale, shift, WIDE)

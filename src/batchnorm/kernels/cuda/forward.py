@@ -13,7 +13,7 @@ from batchnorm.kernels.cuda.channel import (
     rounded,
     write_table,
 )
-from batchnorm.kernels.cuda.tile import channels_of, moments_of, place
+from batchnorm.kernels.cuda.tile import channels_of, from_the_end, moments_of, place
 
 
 @triton.jit(do_not_specialize=["samples", "tiles", "tiles_of_positions", "parts"])
@@ -77,7 +77,7 @@ def apply(
 ):  # fmt: skip
     """`activation((x - mean) * scale + shift + residual)` by the table, or by mean and variance where
     they are given, which then go into the table."""
-    block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    block, tile = from_the_end(blocks)
     c, there = channels_of(block, channels, ROWS, WIDTH)
     if mean_given is not None:
         mean = tl.load(mean_given + c, mask=there, other=0.0).to(tl.float64)

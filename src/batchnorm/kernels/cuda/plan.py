@@ -15,8 +15,9 @@ from batchnorm.kernels.layout import Layout, layout_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# For fewer values torch's operator is done before two or three kernels have been launched from Python.
-SMALLEST = 1 << 20
+# Kernels count samples, positions and channels by int32, with room for a tile beyond the end and for the rows
+# of a table; only offsets are int64.
+MOST_VALUES, MOST_CHANNELS = 1 << 30, 1 << 27
 
 # Elements of a tile, powers of 2: of tiles that are read one after another, and of those that stay in
 # registers between reading and writing, in the forward and in the backward, which reads more tensors.
@@ -58,9 +59,10 @@ class Plan(NamedTuple):
 def plan(
     shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, channel_dim: int, multiprocessors: int
 ) -> Plan | None:
-    """The plan for a tensor, or None when its memory is neither contiguous nor channels last."""
+    """The plan for a tensor, or None when its memory is neither contiguous nor channels last, or when it is
+    too large to be counted."""
     layout = layout_of(shape, strides, channel_dim)
-    if layout is None:
+    if layout is None or layout.samples * layout.positions > MOST_VALUES or layout.channels > MOST_CHANNELS:
         return None
     shrink = 2 if dtype == torch.float64 else 1
     return Plan(

@@ -22,6 +22,16 @@ def channels_of(block, channels, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def from_the_end(blocks):
+    """The block and tile of a program of a pass that follows another over the same tensors.
+
+    Last tiles first: what the pass before has read last may still be in the second-level cache.
+    """
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    return program % blocks, program // blocks
+
+
+@triton.jit
 def place(
     c, tile, samples, channels, positions, tiles_of_positions,
     ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
