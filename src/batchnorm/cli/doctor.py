@@ -35,8 +35,8 @@ def doctor(
 ) -> int:
     """Find what is wrong with a model's batch norms: exit code 0 is healthy, 1 findings, 2 wrong usage.
 
-    In several processes by: torchrun --nproc-per-node 2 -m batchnorm doctor. Of 2 each takes every 2nd batch of
-    a built-in data set; a loader of one's own is called in each process and gives its part.
+    In several processes by: torchrun --nproc-per-node 2 -m batchnorm doctor. Of two each takes every second
+    batch of a built-in data set; a loader of one's own is called in each process and gives its part.
     """
     if fail_on not in SEVERITIES:
         raise ValueError(f"--fail-on {fail_on!r} must be one of {names(SEVERITIES)}")

@@ -24,11 +24,12 @@ class Ranks:
         group: the process group, or None.
         names: the ranks as all processes know them, in the order of the group.
         place: this process's, in that order.
+        given: whether there is a group, be it of this process alone.
     """
 
     def __init__(self, group: Any = None, timeout: timedelta | None = None) -> None:
         several = group is not None and dist.get_world_size(group) > 1
-        self.group = group if several else None
+        self.group, self.given = group if several else None, group is not None
         self.names = dist.get_process_group_ranks(group) if several else [0]
         self.place = dist.get_rank(group) if several else 0
         self.timeout = timeout

@@ -78,7 +78,7 @@ class _Observer:
             found.restore()
             self.observed = self._merge(parts)
             self._merge_again(ranks.together(lambda: self._look_again(found)))
-        if ranks.alone:
+        if not ranks.given:
             assert parts[0].process is not None
             self.observed.processes = processes.gather(parts[0].process)
         return self.observed
