@@ -8,13 +8,19 @@ import pytest
 from tests.distributed.doctor_cases import CASES
 from tests.distributed.test_processes import run
 
+# For all the cases of a set of processes, which train three models; on an idle 2-core machine a set takes 30.
+SECONDS = 240
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What each rank of a set of `processes` found, by case; a set runs once."""
     return cache(
         lambda processes: run(
-            processes, tmp_path_factory.mktemp(f"{processes}-doctors"), "tests.distributed.doctor_cases"
+            processes,
+            tmp_path_factory.mktemp(f"{processes}-doctors"),
+            "tests.distributed.doctor_cases",
+            SECONDS,
         )
     )
 
