@@ -21,7 +21,7 @@ import batchnorm as bn
 from tests.distributed import cases, join_cases, model_cases, training_cases
 from tests.distributed.cases import CASES, C, case
 
-__all__ = ["CASES", "join_cases", "model_cases", "training_cases"]
+__all__ = ["CASES", "join_cases", "model_cases", "training_cases"]  # imported for the cases they register
 
 
 @case(2)

@@ -26,7 +26,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def run(
-    processes: int, folder: Path, module: str = "tests.distributed.run", seconds: float = SECONDS
+    processes: int, folder: Path, module: str = "tests.distributed.cases", seconds: float = SECONDS
 ) -> list[dict[str, Any]]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     children = []
