@@ -1,13 +1,15 @@
 """Commands under torchrun: said and written once, one that is lost or interrupted ends all of them."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,46 @@ def test_recalibrate_is_that_of_one_process(tmp_path: Path) -> None:
     one, two = (torch.load(name, weights_only=True) for name in ("one.pt", "two.pt"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=0, msg=name)
+
+
+PATIENT = """
+from torch import nn
+from batchnorm.lab.nets import LeNet
+def sick():
+    model = LeNet("torch")
+    next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).momentum = 0.9
+    return model
+"""
+
+
+@pytest.mark.slow
+def test_doctor_says_what_one_process_says_and_all_exit_alike(tmp_path: Path) -> None:
+    (tmp_path / "patients.py").write_text(PATIENT)
+    torch.save(LeNet("torch").state_dict(), "weights.pt")
+    command = ["doctor", "patients:sick", "--weights", "weights.pt", "--data", "digits", "--max-batches", "5"]
+    command += ["--html", "page.html", "--json"]
+    with redirect_stdout(io.StringIO()) as one:
+        assert run(command) == 1
+    (tmp_path / "page.html").unlink()
+    with torchrun(*command) as agent:
+        printed, errors = agent.communicate(timeout=SECONDS)
+    assert agent.returncode == 1
+    assert re.findall(r"exitcode +: (-?\d+)", errors) == ["1", "1"], errors
+    assert (tmp_path / "page.html").exists()
+    wanted, found = json.loads(one.getvalue()), json.loads(printed)
+    assert found["batches"] == wanted["batches"] == 5
+    keys = "code", "layer", "severity"
+    assert [[f[key] for key in keys] for f in found["findings"]] == [
+        [f[key] for key in keys] for f in wanted["findings"]
+    ]
+
+
+@pytest.mark.slow
+def test_doctor_with_wrong_input_says_it_once(tmp_path: Path) -> None:
+    with torchrun("doctor", "batchnorm.lab.nets:LeNet", "--fail-on", "panic") as agent:
+        _, errors = agent.communicate(timeout=SECONDS)
+    assert agent.returncode != 0
+    assert said(errors) == ["batchnorm: --fail-on 'panic' must be one of note, warning, error"]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""One of a set of processes: `python -m tests.distributed.run RANK PROCESSES FOLDER`.
+"""One of a set of processes: `python -m tests.distributed.run RANK PROCESSES FOLDER MODULE`.
 
-Starting a process costs seconds, so one set of processes goes through all the cases for its size.
+Starting a process costs seconds, so one set of processes goes through all the cases of a module for its size.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ import batchnorm as bn
 from tests.distributed import cases, join_cases, model_cases, training_cases
 from tests.distributed.cases import CASES, C, case
 
-__all__ = ["join_cases", "model_cases", "training_cases"]  # imported for the cases that it registers
+__all__ = ["CASES", "join_cases", "model_cases", "training_cases"]  # imported for the cases they register
 
 
 @case(2)
@@ -39,8 +40,8 @@ class Ends(Exception):
     """Raised by a process to end, as a case asks for."""
 
 
-def main(rank: int, processes: int, folder: Path) -> None:
-    """Run the cases for this many processes; write each one's failure, or largest error, to a file."""
+def main(rank: int, processes: int, folder: Path, module: str) -> None:
+    """Run the cases of a module for so many processes; write their failures, or largest errors, to a file."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -53,7 +54,7 @@ def main(rank: int, processes: int, folder: Path) -> None:
     cases.ALONE = singles[rank]
     cases.PAIR = dist.new_group([0, 1]) if processes > 2 else None
     results = {}
-    for name, (function, on) in CASES.items():
+    for name, (function, on) in importlib.import_module(module).CASES.items():
         if processes not in on:
             continue
         cases.worst = 0.0
@@ -73,4 +74,4 @@ def main(rank: int, processes: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

@@ -25,7 +25,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return cache(lambda processes: run(processes, tmp_path_factory.mktemp(f"{processes}-processes")))
 
 
-def run(processes: int, folder: Path) -> list[dict[str, Any]]:
+def run(
+    processes: int, folder: Path, module: str = "tests.distributed.cases", seconds: float = SECONDS
+) -> list[dict[str, Any]]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     children = []
     try:
@@ -38,6 +40,7 @@ def run(processes: int, folder: Path) -> list[dict[str, Any]]:
                     str(rank),
                     str(processes),
                     str(folder),
+                    module,
                 ]
                 # A session of its own, so that whatever a child may start ends with it.
                 children.append(
@@ -45,7 +48,7 @@ def run(processes: int, folder: Path) -> list[dict[str, Any]]:
                         command, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True
                     )
                 )
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + seconds
         for child in children:
             child.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:

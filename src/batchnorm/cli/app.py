@@ -39,7 +39,7 @@ DataDir = Annotated[
     str | None,
     typer.Option(help="Folder with the IDX files.  [default: $BATCHNORM_DATA, else downloaded]"),
 ]
-_FOR_PROCESSES = ("train", "recalibrate")
+_FOR_PROCESSES = ("train", "doctor", "recalibrate")
 
 
 @app.callback()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from batchnorm.cli.app import DataDir, app, check_writable, names, out
@@ -12,6 +13,7 @@ from batchnorm.cli.models import DATA_HELP, ModelReference, Standardize, Weights
 from batchnorm.doctor.diagnose import diagnose
 from batchnorm.doctor.finding import SEVERITIES
 from batchnorm.lab import references
+from batchnorm.lab.processes import as_on_rank_0, joined
 
 FOUND = 1
 
@@ -31,22 +33,45 @@ def doctor(
         str, typer.Option(help=f"Exit with 1 from this severity on: {names(SEVERITIES)}.")
     ] = "warning",
 ) -> int:
-    """Find what is wrong with a model's batch norms: exit code 0 is healthy, 1 findings, 2 wrong usage."""
+    """Find what is wrong with a model's batch norms: exit code 0 is healthy, 1 findings, 2 wrong usage.
+
+    In several processes by: torchrun --nproc-per-node 2 -m batchnorm doctor. Of two each takes every second
+    batch of a built-in data set; a loader of one's own is called in each process and gives its part.
+    """
     if fail_on not in SEVERITIES:
         raise ValueError(f"--fail-on {fail_on!r} must be one of {names(SEVERITIES)}")
-    check_writable("--html", html)
-    net = load_model(model, weights)
-    loader = None
-    if data is not None:
-        loader = references.make_loader(
-            data, data_dir=data_dir, batch_size=batch_size, standardize=standardize
-        )
-    try:
-        report = diagnose(net, loader, max_batches=max_batches, progress=out.is_terminal and not as_json)
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-    out.print(report.to_json() if as_json else str(report))
-    if html is not None:
-        report.to_html(html)
+    with joined() as world, world.together():
+        with world.together():
+            if world.rank == 0:
+                check_writable("--html", html)
+            net = load_model(model, weights)
+            loader = None
+            if data is not None:
+                loader = references.make_loader(
+                    data,
+                    data_dir=data_dir,
+                    batch_size=batch_size,
+                    standardize=standardize,
+                    max_batches=max_batches,
+                    world=world,
+                )
+        if not world.alone:
+            as_on_rank_0(net)
+        try:
+            report = diagnose(
+                net,
+                loader,
+                max_batches=max_batches,
+                progress=out.is_terminal and not as_json and world.rank == 0,
+                group=None if world.alone else torch.distributed.group.WORLD,
+            )
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        out.print(report.to_json() if as_json else str(report))
+        if html is not None and world.rank == 0:
+            report.to_html(html)
     grave = SEVERITIES[SEVERITIES.index(fail_on) :]
-    return FOUND if report.worst in grave else 0
+    if report.worst not in grave:
+        return 0
+    world.finish_in_peace()  # torchrun ends the others as soon as one exits with what is not 0
+    return FOUND

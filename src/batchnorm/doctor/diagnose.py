@@ -9,13 +9,16 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from batchnorm.doctor.finding import Finding
+from batchnorm.doctor.contents import Contents, in_order
+from batchnorm.doctor.finding import Finding, in_order_of_layers, merged_findings
+from batchnorm.doctor.ranks import Ranks
 from batchnorm.doctor.report import Report
 from batchnorm.doctor.snapshot import Generators
 from batchnorm.doctor.subject import Subject
 from batchnorm.model.batch_norms import check_initialized, check_model
 from batchnorm.model.batches import Batches, tqdm_bar
 from batchnorm.model.calling import unwrapped
+from batchnorm.model.gather import check_group
 
 
 def diagnose(
@@ -28,6 +31,7 @@ def diagnose(
     evaluate: Callable[[], Any] | None = None,
     max_batches: int = 8,
     progress: bool = False,
+    group: Any = None,
 ) -> Report:
     """Find what is wrong with the batch norms of a model, prove it by numbers, and say what to do.
 
@@ -47,34 +51,62 @@ def diagnose(
             does it run the model? It is stopped after the model's first forward.
         max_batches: of the loader, so many.
         progress: draw a bar with tqdm.
+        group: a torch.distributed process group, all of whose processes diagnose the same model, each on its
+            own part of the data, in any number of batches, none included; all end with the same report, that
+            of all the data: as of one process that has the first batch of each rank, then the second of each.
+            `torch.distributed.group.WORLD` is all processes. None is this process alone, which compares
+            itself with all processes where torch.distributed is initialised (BN301 to BN303).
 
     Returns:
         a `Report`: print it, `report.findings`, `report.to_html(path)`, `report.fix("BN101")`. A layer that
         raises is a finding, not an exception.
 
     Raises:
-        TypeError: not an nn.Module, or a loader that is no iterable of batches.
-        ValueError: an empty loader, a lazy layer before its first input, or an `evaluate` that does not call
-            the model.
+        TypeError: not an nn.Module, a loader that is no iterable of batches, or a group that is none.
+        ValueError: an empty loader (of a group: in every process), a lazy layer before its first input, an
+            `evaluate` that does not call the model, or a group that this process is not in.
+        RuntimeError: it raised in another process of `group`, or one did not come.
         ModuleNotFoundError: `progress=True` without tqdm.
     """
-    check_model(model, "diagnose")
-    network = unwrapped(model)
-    check_initialized(network, "diagnose")
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise TypeError(f"diagnose: expected a torch optimizer, got {type(optimizer).__name__}")
-    if loader is None:
-        batches: list[Any] = []
-    else:
-        taken = Batches(loader, max_batches, progress=False, again=False, verb="diagnose")
-        generators = Generators()
-        try:
-            batches = list(taken)
-        finally:
-            generators.restore()  # of which a shuffled loader draws
-        if not batches:
-            raise ValueError("diagnose: the loader is empty: give one with batches, or none at all")
-    return examine(Subject.of(network, batches, optimizer, loss, forward, evaluate), progress)
+    check_group(group, "diagnose")
+    ranks = Ranks(group)
+    batches: list[Any] = []
+
+    def prepare() -> list[Contents] | None:
+        check_model(model, "diagnose")
+        check_initialized(unwrapped(model), "diagnose")
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise TypeError(f"diagnose: expected a torch optimizer, got {type(optimizer).__name__}")
+        if loader is None:
+            return None
+        batches.extend(_taken(loader, max_batches))
+        return [Contents.of(batch) for batch in batches]
+
+    everyone = ranks.together(prepare)
+    contents, numbers = in_order([own or [] for own in everyone], ranks.place)
+    if not contents and any(own is not None for own in everyone):
+        whose = "" if ranks.alone else " on every rank"
+        raise ValueError(f"diagnose: the loader is empty{whose}: give one with batches, or none at all")
+    subject = Subject.of(
+        unwrapped(model),
+        optimizer=optimizer,
+        loss=loss,
+        forward=forward,
+        evaluate=evaluate,
+        batches=batches,
+        ranks=ranks,
+        contents=contents,
+        numbers=numbers,
+    )
+    return examine(subject, progress)
+
+
+def _taken(loader: Iterable[Any], max_batches: int) -> list[Any]:
+    generators = Generators()
+    try:
+        return list(Batches(loader, max_batches, progress=False, again=False, verb="diagnose"))
+    finally:
+        generators.restore()  # of which a shuffled loader draws
 
 
 def examine(subject: Subject, progress: bool = False) -> Report:
@@ -82,15 +114,19 @@ def examine(subject: Subject, progress: bool = False) -> Report:
     from batchnorm.doctor import data, static  # noqa: F401  registers the checks
     from batchnorm.doctor.check import CHECKS
 
-    with_data = bool(subject.batches and data.layers_of(subject))
+    def find() -> list[Finding]:
+        found: list[Finding] = []
+        for check in checks:
+            found += check.find(subject)
+            on_steps(1)
+        return in_order_of_layers(subject.model, found)
+
+    with_data = any(subject.ranks.together(lambda: bool(subject.contents and data.layers_of(subject))))
     checks = [check for check in CHECKS.values() if with_data or not check.needs_data]
-    findings: list[Finding] = []
     with _bar(progress, len(checks) + (data.total_steps(subject) if with_data else 0)) as on_steps:
         if with_data:
             subject.observed = data.observe(subject, on_steps)
-        for check in checks:
-            findings += check.find(subject)
-            on_steps(1)
+        findings = merged_findings(subject.ranks.together(find), subject.ranks.names)
     return Report.of(subject, findings)
 
 

@@ -81,10 +81,12 @@ def fix(report: Report, subject: Subject, code: str, layer: str | None) -> Fixed
         raise ValueError(f"fix: there is no finding {code}{where}: the report has {found}")
     if code not in FIXES:
         raise ValueError(f"fix: {code} has no fix that is safe to apply by itself. By hand: {before[0].fix}")
+    if not subject.ranks.alone:
+        _check_alike(code, before, report.findings)
     snapshot = Snapshot(subject.model, subject.optimizer)
     try:
         layers = [finding.layer for finding in before if finding.layer is not None]
-        _apply(FIXES[code], code, subject, layers)
+        subject.ranks.together(lambda: _apply(FIXES[code], code, subject, layers), "fix")
         after = examine(subject.again())
         places = {finding.layer for finding in before}
         left = [f for f in after.findings if f.code == code and f.layer in places]
@@ -103,6 +105,18 @@ def _apply(apply: Apply, code: str, subject: Subject, layers: Sequence[str]) -> 
             apply(subject, layers)
     except Exception as error:
         raise ValueError(f"fix: {code} was not applied, the model is as it was: {error}") from error
+
+
+def _check_alike(code: str, before: Sequence[Finding], findings: Sequence[Finding]) -> None:
+    """ValueError where the processes of a group would not all do the same."""
+    differ = [f.what for f in findings if f.code == "BN301" and f.severity == "error"]
+    why = [
+        f"{code} is found on {f.evidence['ranks']} alone" for f in before if "ranks" in f.evidence
+    ] + differ
+    if why:
+        raise ValueError(
+            f"fix: {why[0]}: give all processes the state_dict and the settings of one, then diagnose again"
+        )
 
 
 def _check_helped(code: str, before: Sequence[Finding], left: Sequence[Finding]) -> None:
@@ -181,12 +195,12 @@ def momentum(subject: Subject, layers: Sequence[str]) -> None:
 @fixes("BN108", "BN109", "BN202")
 def from_the_data(subject: Subject, layers: Sequence[str]) -> None:
     """Population statistics of the batches that were looked at, for the named layers alone."""
-    if not subject.batches:
+    if not subject.contents:
         raise ValueError(_NO_DATA)
     for name in layers:
         _torch_layer(subject, name)
     with _others_frozen(subject, layers):
-        recalibrate(subject.model, subject.batches, forward=subject.forward)
+        recalibrate(subject.model, subject.batches, forward=subject.forward, group=subject.ranks.group)
 
 
 @fixes("BN111")

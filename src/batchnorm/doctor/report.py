@@ -33,7 +33,7 @@ class Report:
     Attributes:
         model: the class of the model.
         batch_norms: how many it has, hand-written ones included.
-        batches: how many batches were run through it.
+        batches: how many batches were run through it, in all processes.
         findings: the gravest first, those of one check together, in the order of the layers.
         pictures: the statistics of its layers, for the page.
     """
@@ -50,15 +50,11 @@ class Report:
         from batchnorm.doctor.pictures import pictures_of
 
         observed = () if subject.observed is None else subject.observed.layers
-        places = {name: place for place, (name, _) in enumerate(subject.model.named_modules())}
-        ordered = sorted(
-            findings,
-            key=lambda f: (-SEVERITIES.index(f.severity), f.code, places.get(f.layer or "", -1)),
-        )
+        ordered = sorted(findings, key=lambda f: (-SEVERITIES.index(f.severity), f.code))
         return cls(
             type(subject.model).__name__,
             len({*subject.batch_norms, *subject.handwritten, *observed}),
-            len(subject.batches),
+            len(subject.contents),
             tuple(ordered),
             tuple(pictures_of(subject)),
             subject,
@@ -72,6 +68,8 @@ class Report:
     def fix(self, code: str, layer: str | None = None) -> Fixed:
         """Apply the fix of a check, diagnose again, and say before and after.
 
+        A report over a group of processes is fixed by all of them together: each calls this alike.
+
         Args:
             code: of the findings to fix, such as `"BN101"`.
             layer: of one layer; None is all that the report names.
@@ -80,8 +78,9 @@ class Report:
             what was found before and after, to be printed; `after` is the new report.
 
         Raises:
-            ValueError: no such finding, no safe fix for it, or one that does not help: the model and the
-                optimizer are then as they were.
+            ValueError: no such finding, no safe fix for it, one that not all processes of a group have, or
+                one that does not help: the model and the optimizer are then as they were.
+            RuntimeError: it raised in another process of the group.
         """
         from batchnorm.doctor.fixes import fix
 

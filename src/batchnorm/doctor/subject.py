@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from batchnorm.doctor.contents import Contents
 from batchnorm.doctor.handwritten import Handwritten, handwritten
+from batchnorm.doctor.ranks import ALONE, Ranks
 from batchnorm.doctor.structure import Call, calls_of
 
 
@@ -28,6 +30,9 @@ class Subject:
         forward: a function `(model, batch) -> output`, or None for `batchnorm.model.calling`'s rules.
         evaluate: a function without arguments that evaluates the model, or None.
         batches: a handful of batches of the loader; empty where no loader was given.
+        ranks: the processes that diagnose it together.
+        contents: of the batches of all ranks, in the order in which one process would have them.
+        numbers: of this process's batches in that order.
         observed: what `doctor.data.observe` measured on the batches; None without data.
     """
 
@@ -38,25 +43,26 @@ class Subject:
     forward: Callable[[nn.Module, Any], Any] | None = None
     evaluate: Callable[[], Any] | None = None
     batches: list[Any] = field(default_factory=list)
+    ranks: Ranks = ALONE
+    contents: list[Contents] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
     observed: Any = None
 
+    def __post_init__(self) -> None:
+        if not self.contents:
+            self.contents = [Contents.of(batch) for batch in self.batches]
+            self.numbers = list(range(len(self.batches)))
+
     @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        batches: list[Any],
-        optimizer: Optimizer | None = None,
-        loss: Callable[[Any, Any], Any] | None = None,
-        forward: Callable[[nn.Module, Any], Any] | None = None,
-        evaluate: Callable[[], Any] | None = None,
-    ) -> Subject:
+    def of(cls, model: nn.Module, **attributes: Any) -> Subject:
         """The model with the batch norms that it has now."""
         found = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
-        return cls(model, found, optimizer, loss, forward, evaluate, batches)
+        return cls(model, found, **attributes)
 
     def again(self) -> Subject:
         """The same to be examined anew, after the model has changed."""
-        return Subject.of(self.model, self.batches, self.optimizer, self.loss, self.forward, self.evaluate)
+        kept = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return Subject.of(**{name: kept[name] for name in kept if name not in ("batch_norms", "observed")})
 
     @cached_property
     def calls(self) -> list[Call]:

@@ -24,16 +24,26 @@ class Seen(NamedTuple):
     position: float
 
 
-def check_group(group: Any) -> None:
-    """Raise ValueError unless this process is in the group."""
-    if group is not None and torch.distributed.get_rank(group) < 0:
-        raise ValueError(
-            "recalibrate: this process is not in the group: call it in the group's processes only"
-        )
+def check_group(group: Any, verb: str) -> None:
+    """Raise unless `group` is None or a process group that this process is in."""
+    if group is None:
+        return
+    if torch.distributed.is_available():
+        if group is torch.distributed.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                f"{verb}: this process is not in the group: call it in the group's processes only"
+            )
+        if isinstance(group, torch.distributed.ProcessGroup):
+            return
+    raise TypeError(f"{verb}: expected None (this process alone) or a process group, got {group!r}")
 
 
 def gathered(
-    layers: Iterable[_BatchNorm], seen: Mapping[_BatchNorm, Seen], run: Callable[[], int], group: Any
+    layers: Iterable[_BatchNorm],
+    seen: Mapping[_BatchNorm, Seen],
+    run: Callable[[], int],
+    group: Any,
+    verb: str,
 ) -> tuple[int, dict[_BatchNorm, Seen]]:
     """Call `run`, which fills `seen` and returns its batches; give back those of all processes.
 
@@ -56,9 +66,7 @@ def gathered(
         raise error
     failed = [str(rank) for rank, theirs in enumerate(everyone) if theirs[1] != 0]
     if failed:
-        raise RuntimeError(
-            f"recalibrate: failed in process {', '.join(failed)} of the group, see the error there"
-        )
+        raise RuntimeError(f"{verb}: failed in process {', '.join(failed)} of the group, see the error there")
     return int(sum(theirs[0].item() for theirs in everyone)), _unpacked(layers, everyone)
 
 

@@ -86,7 +86,7 @@ def recalibrate(
     network = unwrapped(model)
     names = layers_to_estimate(network, "recalibrate")
     batches = Batches(loader, max_batches, progress, again=sequential, verb="recalibrate")
-    check_group(group)
+    check_group(group, "recalibrate")
     estimate(network, names, batches, forward, verb="recalibrate", group=group, sequential=sequential)
     return model
 
@@ -183,7 +183,7 @@ def _merged(watch: Watch, run: Callable[[], int], group: Any) -> dict[_BatchNorm
         batches = run()
         seen = watch.seen
     else:
-        batches, seen = gathered(watch.layers, watch.seen, run, group)
+        batches, seen = gathered(watch.layers, watch.seen, run, group, watch.verb)
     if batches == 0:
         raise ValueError(f"{watch.verb}: the loader is empty: without a batch there are no statistics")
     return dict(sorted(seen.items(), key=lambda item: item[1].position))

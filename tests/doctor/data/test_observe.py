@@ -177,3 +177,26 @@ def test_mappings_and_other_batches_are_taken() -> None:
     assert observed.failure is None
     assert observed.mates is not None
     assert observed.mates.effect < 1e-5
+
+
+def test_hooks_on_parameters_do_not_run_in_training_steps() -> None:
+    """They may wait for other processes, or take an optimizer's step."""
+    model = nn.Sequential(
+        nn.LSTM(4, 6, batch_first=True), First(), nn.BatchNorm1d(5), nn.Flatten(), nn.Linear(30, 3)
+    )
+    called: list[Tensor] = []
+    for parameter in model.parameters():
+        parameter.register_hook(called.append)
+        parameter.register_post_accumulate_grad_hook(called.append)
+    data = [torch.randn(8, 5, 4) for _ in range(3)]
+    observed = observe(subject(model, data), lambda steps: None)
+    assert observed.failure is None
+    assert observed.steps.steps == 3
+    assert not called
+    model(data[0]).sum().backward()
+    assert len(called) == 2 * len(list(model.parameters()))  # those that are there are its own again
+
+
+class First(nn.Module):
+    def forward(self, outputs: Any) -> Tensor:
+        return outputs[0]

@@ -10,6 +10,7 @@ from batchnorm.doctor.data import (  # noqa: F401 - importing registers the chec
     running_statistics,
 )
 from batchnorm.doctor.data.layers import layers_of
-from batchnorm.doctor.data.observe import Observed, observe, total_steps
+from batchnorm.doctor.data.observe import observe, total_steps
+from batchnorm.doctor.data.observed import Observed
 
 __all__ = ["Observed", "layers_of", "observe", "total_steps"]

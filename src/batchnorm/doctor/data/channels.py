@@ -11,10 +11,9 @@ from torch import Tensor
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.data.layers import trains
 from batchnorm.doctor.data.noise import BatchStatistics, Population, mean_and_error
-from batchnorm.doctor.data.observe import Observed
+from batchnorm.doctor.data.observed import Observed
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.subject import Subject
-from batchnorm.model.nested import samples_in
 
 # Fewer independent values put the batch's mean off by half a standard deviation or more; a quarter.
 _TOO_FEW, _FEW = 4.0, 16.0
@@ -40,9 +39,8 @@ def too_few_values(check: Check, subject: Subject) -> Iterator[Finding]:
         if observed.layers[name].frozen:
             continue
         smallest = min(calls, key=lambda call: call.values)
-        of_batches = [samples_in(batch) for batch in subject.batches]
         has_tokens = any(
-            call.images != of_batches[number]
+            call.images != subject.contents[number].samples
             for call, number in zip(calls, observed.by_batch.batch_of[name], strict=True)
         )
         share, error = _noise(calls, observed.populations[name], has_tokens)

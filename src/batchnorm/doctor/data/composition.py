@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.doctor.check import Check, check
+from batchnorm.doctor.contents import shuffled
 from batchnorm.doctor.data.layers import trains
 from batchnorm.doctor.data.noise import BatchStatistics
-from batchnorm.doctor.data.observe import Observed
-from batchnorm.doctor.data.outputs import labels
+from batchnorm.doctor.data.observed import Observed
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.subject import Subject
-from batchnorm.model.nested import samples_in
 
 _CHANGE = 1e-3
 _SHUFFLES = 200
@@ -67,7 +66,8 @@ def changes_with_mates(check: Check, subject: Subject) -> Iterator[Finding]:
 def ordered_batches(check: Check, subject: Subject) -> Iterator[Finding]:
     observed: Observed = subject.observed
     severity: Severity = "warning" if trains(subject) else "note"
-    classes = [labels(batch) for batch in subject.batches]
+    batches = subject.contents[: shuffled(subject.contents)]
+    classes = [batch.labels for batch in batches]
     known = [y for y in classes if y is not None]
     if len(known) == len(classes) and len(known) > 1:
         groups = [
@@ -80,11 +80,10 @@ def ordered_batches(check: Check, subject: Subject) -> Iterator[Finding]:
             return
     # In eval mode a sample is not changed by its batch, so the samples of every layer can be shuffled: of
     # those with a row per sample. Tokens of one sample are alike, and always in one batch.
-    sizes = [samples_in(batch) for batch in subject.batches]
     worst = None
     for name, calls in observed.by_running.statistics.items():
-        first = _first_calls(calls, observed.by_running.batch_of[name])
-        if any(len(rows) != sizes[number] for number, rows in first.items()):
+        first = _first_calls(calls, observed.by_running.batch_of[name], len(batches))
+        if any(len(rows) != batches[number].samples for number, rows in first.items()):
             continue
         found = _between(list(first.values()))
         if found is not None and _is_beyond(*found) and (worst is None or found[0] / found[1] > worst[1]):
@@ -122,11 +121,14 @@ def _finding(
     )
 
 
-def _first_calls(calls: list[BatchStatistics], batch_of: list[int]) -> dict[int, Tensor]:
+def _first_calls(calls: list[BatchStatistics], batch_of: list[int], batches: int) -> dict[int, Tensor]:
     """What each batch gave in its first call, in units that the channels share, by the batch's number."""
     first: dict[int, BatchStatistics] = {}
     for call, batch in zip(calls, batch_of, strict=True):
-        first.setdefault(batch, call)
+        if batch < batches:
+            first.setdefault(batch, call)
+    if not first:
+        return {}
     scale = torch.stack([call.var for call in first.values()]).mean(0).clamp_min(1e-12).sqrt()
     return {number: call.pooled.double() / scale for number, call in first.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -9,9 +10,10 @@ import torch
 
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.data.noise import rms
-from batchnorm.doctor.data.observe import Observed
+from batchnorm.doctor.data.observed import Observed
 from batchnorm.doctor.data.processes import Processes
 from batchnorm.doctor.finding import Finding
+from batchnorm.doctor.ranks import apart, said
 from batchnorm.doctor.subject import Subject
 
 _SHIFT = 0.3
@@ -35,30 +37,55 @@ def parameters_differ(check: Check, subject: Subject) -> Iterator[Finding]:
     found = _processes(subject)
     if found is None:
         return
+    count = len(found.ranks)
     if found.failure is not None:
         yield check.finding(
             None,
-            f"the {found.count} processes could not be compared: {found.failure}",
-            severity="error" if found.different_models else "note",
-            processes=found.count,
+            f"the {count} processes could not be compared: {found.failure}",
+            severity="note",
+            processes=count,
         )
         return
-    assert found.parameters is not None
-    names, checksums = found.parameters
-    differ = ((checksums - checksums[:1]).abs() > 0).any(2).any(0)
-    bad = [name for name, is_bad in zip(names, differ.tolist(), strict=True) if is_bad]
+    if not found.alike:
+        yield _different_models(check, found)
+        return
+    names = list(found.each[0].shapes)
+    checksums = torch.stack([process.checksums for process in found.each])
+    equal = (checksums == checksums[:1]) | (checksums.isnan() & checksums[:1].isnan())
+    bad = [name for name, is_equal in zip(names, equal.all(2).all(0).tolist(), strict=False) if not is_equal]
     if bad:
         change = (checksums[:, :, 0] - checksums[:1, :, 0]).abs() / checksums[:1, :, 0].abs().clamp_min(1e-12)
         yield check.finding(
             bad[0].rpartition(".")[0] or None,
-            f"{len(bad)} of {len(names)} parameters differ between {found.count} processes, from "
-            f"{bad[0]!r} on",
-            effect=float(change.max()),
+            f"{len(bad)} of {checksums.shape[1]} parameters differ between {count} processes, from "
+            f"{bad[0]!r} on: {apart(found.ranks, [_bits(own) for own in checksums])}",
+            effect=float(change.nan_to_num(math.inf).max()),
             standard_error=0.0,
             noise_alone=0.0,
             parameters=len(bad),
-            processes=found.count,
+            processes=count,
         )
+
+
+def _different_models(check: Check, found: Processes) -> Finding:
+    shapes = [tuple(process.shapes.items()) for process in found.each]
+    one, other = shapes[0], next(own for own in shapes if own != shapes[0])
+    places = itertools.zip_longest(one, other)
+    mine, theirs = next((a, b) for a, b in places if a != b)
+    first, last = (
+        "nothing more" if place is None else f"{place[0]} of shape {place[1]}" for place in (mine, theirs)
+    )
+    return check.finding(
+        None,
+        f"the {len(found.ranks)} processes have different models, {apart(found.ranks, shapes)}: "
+        f"{said(found.ranks[:1])} has {first} where {said([found.ranks[shapes.index(other)]])} has {last}. "
+        "What each observed was not merged",
+        processes=len(found.ranks),
+    )
+
+
+def _bits(*tensors: torch.Tensor) -> bytes:
+    return b"".join(tensor.numpy().tobytes() for tensor in tensors)
 
 
 @check(
@@ -73,32 +100,35 @@ def parameters_differ(check: Check, subject: Subject) -> Iterator[Finding]:
 )
 def running_statistics_differ(check: Check, subject: Subject) -> Iterator[Finding]:
     found = _processes(subject)
-    if found is None or found.buffers is None or found.data is None:
+    if found is None or not found.each or not found.alike:
         return
     for name, layer in subject.observed.layers.items():
         prefix = f"{name}." if name else ""
-        means, variances = (found.buffers.get(f"{prefix}running_{kind}") for kind in ("mean", "var"))
-        if means is None or variances is None or name not in found.data:
+        named = [f"{prefix}running_mean", f"{prefix}running_var"]
+        populations = [p.populations[name] for p in found.each if name in p.populations]
+        if not populations or not all(one in process.buffers for process in found.each for one in named):
             continue
+        means, variances = (torch.stack([process.buffers[one] for process in found.each]) for one in named)
         spread = means.std(0) / (variances.mean(0) + layer.eps).sqrt()
         ratio = (torch.log(variances + layer.eps)).std(0)
         shift = math.hypot(rms(spread), rms(ratio))
         if shift == 0:
             continue
-        moments = found.data[name][0]
-        noise = (moments[:, 2] / (moments[:, 1] + layer.eps)).mean(0) / layer.batches_averaged
+        noises = [seen.mean_noise / (seen.var + layer.eps) for seen in populations]
+        noise = torch.stack(noises).mean(0) / layer.batches_averaged
         chance = rms(noise.sqrt())
         grave = shift > _SHIFT and rms(spread) > 3 * chance
         grave |= rms(ratio) > math.log(2)
         yield check.finding(
             name,
-            f"running means differ by {rms(spread):.2g} std between {found.count} processes (chance "
-            f"{chance:.2g}), variances by a factor {math.exp(rms(ratio)):.2g}",
+            f"running means differ by {rms(spread):.2g} std between {len(found.ranks)} processes (chance "
+            f"{chance:.2g}), variances by a factor {math.exp(rms(ratio)):.2g}: "
+            + apart(found.ranks, [_bits(*own) for own in zip(means, variances, strict=True)]),
             severity="warning" if grave else "note",
             effect=rms(spread),
             standard_error=chance,
             noise_alone=chance,
-            processes=found.count,
+            processes=len(found.ranks),
         )
 
 
@@ -113,21 +143,33 @@ def running_statistics_differ(check: Check, subject: Subject) -> Iterator[Findin
 )
 def data_differ(check: Check, subject: Subject) -> Iterator[Finding]:
     found = _processes(subject)
-    if found is None or not found.data:
+    if found is None or not found.alike:
         return
-    first = next(iter(found.data))
-    moments, batches = found.data[first]
-    scale = moments[:, 1].mean(0).clamp_min(1e-12)
-    spread = moments[:, 0].std(0) / scale.sqrt()
-    noise = (moments[:, 2] / torch.tensor(batches)[:, None] / scale).mean(0)
+    first = next((name for process in found.each for name in process.populations), None)
+    with_data = [
+        (rank, process.populations[first])
+        for rank, process in zip(found.ranks, found.each, strict=False)
+        if first is not None and first in process.populations
+    ]
+    if first is None or len(with_data) < 2:
+        return
+    means, variances = (
+        torch.stack([getattr(seen, name) for _, seen in with_data]) for name in ("mean", "var")
+    )
+    scale = variances.mean(0).clamp_min(1e-12)
+    spread = means.std(0) / scale.sqrt()
+    noise = torch.stack([seen.mean_noise / seen.batches / scale for _, seen in with_data]).mean(0)
     shift, chance = rms(spread), rms(noise.sqrt())
     if shift > _SHIFT and shift > 3 * chance:
+        apart_by = [rms((mean - means.mean(0)) / scale.sqrt()) for mean in means]
+        furthest = with_data[apart_by.index(max(apart_by))][0]
         yield check.finding(
             first,
             f"the means of what the first batch norm is given differ by {shift:.2g} std between "
-            f"{found.count} processes (chance {chance:.2g})",
+            f"{len(with_data)} processes (chance {chance:.2g}), of which "
+            f"{said([furthest])} is furthest from their mean",
             effect=shift,
             standard_error=chance,
             noise_alone=chance,
-            processes=found.count,
+            processes=len(with_data),
         )

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import torch
-
 from batchnorm.doctor.check import Check, check
+from batchnorm.doctor.data.differences import Differences
 from batchnorm.doctor.data.noise import mean_and_error
-from batchnorm.doctor.data.observe import Observed
+from batchnorm.doctor.data.observed import Observed
 from batchnorm.doctor.data.watch import Pass
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.subject import Subject
@@ -18,32 +17,20 @@ from batchnorm.doctor.subject import Subject
 OF_OUTPUTS, OF_LAYER = 0.3, 0.3
 
 
-def output_gap(one: Pass, by_batch: Pass) -> tuple[float, float] | None:
+def output_gap(found: Differences) -> tuple[float, float] | None:
     """Root mean square of the difference of the outputs by their std over the samples; its standard error."""
-    pairs = [
-        (a, b)
-        for a, b in zip(one.outputs, by_batch.outputs, strict=False)
-        if a is not None and b is not None and a.shape == b.shape
-    ]
-    if not pairs:
+    if found.by_batch is None:
         return None
-    width = min(b.shape[1] for _, b in pairs)
-    samples = torch.cat([b[:, :width] for _, b in pairs])
-    scale = float((samples - samples.mean(0)).square().mean().sqrt())
-    if not math.isfinite(scale) or scale == 0:
+    variances = found.by_batch.m2.double() / found.by_batch.count
+    square = float(variances.mean())
+    if not math.isfinite(square) or square == 0:
         return None
-    squares = [float((a - b).square().mean()) / scale**2 for a, b in pairs]
-    return _root(*mean_and_error(squares))
+    return _root(*mean_and_error([value / square for value in found.outputs]))
 
 
-def layer_gap(one: Pass, by_batch: Pass, name: str) -> tuple[float, float] | None:
+def layer_gap(found: Differences, name: str) -> tuple[float, float] | None:
     """As `output_gap`, of what a layer gives before its weight and bias: its images' means and its std."""
-    pairs = list(zip(one.normalized.get(name, []), by_batch.normalized.get(name, []), strict=False))
-    squares = [
-        float((a - b).square().mean() + (c - d).square().mean())
-        for (a, c), (b, d) in pairs
-        if a.shape == b.shape
-    ]
+    squares = found.layers.get(name)
     return _root(*mean_and_error(squares)) if squares else None
 
 
@@ -78,10 +65,10 @@ def train_eval_gap(check: Check, subject: Subject) -> Iterator[Finding]:
     # A gap of statistics that were never moved is a static check's finding.
     if observed.never_moved:
         return
-    before = output_gap(observed.by_running, observed.by_batch)
-    if before is None or observed.recalibrated is None:
+    before = output_gap(observed.of_running)
+    if before is None or observed.of_recalibrated is None:
         return
-    after = output_gap(observed.recalibrated, observed.by_batch) or (0.0, 0.0)
+    after = output_gap(observed.of_recalibrated) or (0.0, 0.0)
     effect, error = before
     noise = after[0]
     if not _beyond(effect, error, noise, OF_OUTPUTS):
@@ -111,11 +98,11 @@ def train_eval_gap(check: Check, subject: Subject) -> Iterator[Finding]:
 
 def _start(observed: Observed) -> tuple[str | None, float | None]:
     """The first layer whose gap is beyond what the noise of batches gives it; else the largest one."""
-    assert observed.recalibrated is not None
+    assert observed.of_recalibrated is not None
     excess = {}
-    for name in observed.by_batch.normalized:
-        gap = layer_gap(observed.by_running, observed.by_batch, name)
-        chance = layer_gap(observed.recalibrated, observed.by_batch, name)
+    for name in observed.by_batch.statistics:
+        gap = layer_gap(observed.of_running, name)
+        chance = layer_gap(observed.of_recalibrated, name)
         if gap is None or chance is None:
             continue
         if _beyond(*gap, chance[0], OF_LAYER):

@@ -10,7 +10,7 @@ import torch
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.data.channels import constant
 from batchnorm.doctor.data.noise import rms
-from batchnorm.doctor.data.observe import Observed
+from batchnorm.doctor.data.observed import Observed
 from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.subject import Subject
 

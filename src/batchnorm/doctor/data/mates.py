@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.doctor.data.outputs import first_tensor, kept
+from batchnorm.doctor.packing import sent
 from batchnorm.model.nested import samples_in
 
 
+@sent
 @dataclass(frozen=True)
 class Mates:
     """How far predictions change with the batch, in their own standard deviation.

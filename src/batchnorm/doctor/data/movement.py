@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -10,7 +9,8 @@ import torch
 
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.data.noise import BatchStatistics, mean_and_error, rms
-from batchnorm.doctor.data.observe import Observed
+from batchnorm.doctor.data.observed import Observed
+from batchnorm.doctor.data.steps import grows
 from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.subject import Subject
 
@@ -157,10 +157,10 @@ def _images_differ(pairs: list[Pair]) -> float:
     fix="Assign statistics with .detach(), or move them in place under torch.no_grad(); bn.BatchNorm does.",
     needs_data=True,
 )
-def graph_grows(check: Check, subject: Subject) -> Iterator[Finding]:
+def graphgrows(check: Check, subject: Subject) -> Iterator[Finding]:
     observed: Observed = subject.observed
     for name, nodes in observed.steps.nodes.items():
-        if _grows(nodes):
+        if grows(nodes):
             yield check.finding(
                 name or None,
                 f"its tensors keep {', '.join(map(str, nodes))} graph nodes alive after 1, 2, ... steps",
@@ -179,10 +179,10 @@ def graph_grows(check: Check, subject: Subject) -> Iterator[Finding]:
     fix="Keep a sum or the last value instead of a list; clear it after each step; store .detach().",
     needs_data=True,
 )
-def memory_grows(check: Check, subject: Subject) -> Iterator[Finding]:
+def memorygrows(check: Check, subject: Subject) -> Iterator[Finding]:
     observed: Observed = subject.observed
     for name, held in observed.steps.bytes.items():
-        if _grows(held):
+        if grows(held):
             per_step = (held[-1] - held[0]) / (len(held) - 1)
             yield check.finding(
                 name or None,
@@ -192,7 +192,3 @@ def memory_grows(check: Check, subject: Subject) -> Iterator[Finding]:
                 noise_alone=0.0,
                 bytes=held[-1],
             )
-
-
-def _grows(values: list[int]) -> bool:
-    return len(values) > 2 and all(after > before for before, after in itertools.pairwise(values))

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from batchnorm.doctor.packing import sent
 from batchnorm.moments import Moments
 
 
+@sent
 @dataclass(frozen=True, eq=False)
 class BatchStatistics:
     """Moments of a batch per channel, shape (C,), float64, and how far chance moves them.
@@ -95,6 +97,7 @@ def _on_cpu(images: int, values: float, *tensors: Tensor) -> BatchStatistics:
     return BatchStatistics(images, values, mean, var, mean_noise, var_noise, pooled.float())
 
 
+@sent
 @dataclass(frozen=True, eq=False)
 class Population:
     """The statistics of all the batches together, and the noise of those of one batch.

@@ -3,76 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from batchnorm.doctor.check import CHECKS, Check, check
+from batchnorm.doctor.contents import shuffled
 from batchnorm.doctor.data import mates, processes, steps
-from batchnorm.doctor.data.layers import Layer, layers_of
-from batchnorm.doctor.data.noise import Population, population
+from batchnorm.doctor.data.differences import Differences
+from batchnorm.doctor.data.layers import layers_of
+from batchnorm.doctor.data.merge import without_images
+from batchnorm.doctor.data.noise import population
+from batchnorm.doctor.data.observed import Observed, merged
 from batchnorm.doctor.data.outputs import kept, score
-from batchnorm.doctor.data.padding import Padding
-from batchnorm.doctor.data.watch import NotFinite, Pass, Watch
+from batchnorm.doctor.data.watch import Pass, Watch
 from batchnorm.doctor.finding import Finding
-from batchnorm.doctor.pictures import LayerPicture
-from batchnorm.doctor.snapshot import unchanged
+from batchnorm.doctor.snapshot import Snapshot, unchanged
 from batchnorm.doctor.subject import Subject
 from batchnorm.model.calling import call, evaluating, to_device, uncompiled, unwrapped
 
 _STEPS = 3
 _SHOWN = 300
-
-
-@dataclass
-class Observed:
-    """What a handful of batches showed; checks read it.
-
-    Attributes:
-        layers: the observed layers, in order of execution, then those that no data reached.
-        never_moved: layers whose running statistics were those of a new layer.
-        by_batch: each layer normalised by the batch, all else in eval mode.
-        by_running: eval mode.
-        recalibrated: eval mode, with the population statistics in place of the running ones; or None.
-        populations: of each layer's inputs in `by_batch`.
-        not_finite: the first inf or NaN.
-        moved_in_eval: by layer, how far its statistics moved in eval mode, in standard deviations.
-        in_training_mode: layers that were in training mode although the model was put in eval mode.
-        largest: the largest output of each channel in `by_batch`.
-        rectified: layers whose output goes into a ReLU.
-        padding: by layer.
-        steps: of training.
-        mates: the same samples in another batch, or None.
-        processes: what the processes of the default group have, or None.
-        failure: of a forward.
-    """
-
-    layers: dict[str, Layer] = field(default_factory=dict)
-    never_moved: set[str] = field(default_factory=set)
-    by_batch: Pass = field(default_factory=Pass)
-    by_running: Pass = field(default_factory=Pass)
-    recalibrated: Pass | None = None
-    populations: dict[str, Population] = field(default_factory=dict)
-    not_finite: NotFinite | None = None
-    moved_in_eval: dict[str, float] = field(default_factory=dict)
-    in_training_mode: set[str] = field(default_factory=set)
-    largest: dict[str, Tensor] = field(default_factory=dict)
-    rectified: set[str] = field(default_factory=set)
-    padding: dict[str, Padding] = field(default_factory=dict)
-    steps: steps.Steps = field(default_factory=steps.Steps)
-    mates: mates.Mates | None = None
-    processes: processes.Processes | None = None
-    failure: Finding | None = None
-
-    def pictures(self) -> list[LayerPicture]:
-        """Running against population statistics, of each layer that has both."""
-        found = []
-        for name, seen in self.populations.items():
-            statistics = self.layers[name].statistics
-            if statistics is not None:
-                found.append(LayerPicture(name, *statistics, seen.mean, seen.var))
-        return found
 
 
 @check(
@@ -107,45 +58,85 @@ def observe(subject: Subject, on_steps: Callable[[int], None] = lambda steps: No
 
 
 class _Observer:
+    """Runs this rank's batches: `part` is what it sees until the ranks meet, `observed` what all saw."""
+
     def __init__(self, subject: Subject, on_steps: Callable[[int], None]) -> None:
         self.subject, self.on_steps = subject, on_steps
         self.network = unwrapped(subject.model)
-        self.observed = Observed()
+        self.layers = layers_of(subject)
+        self.part, self.observed = Observed(), Observed(self.layers)
+        self.by_batch = Pass()
+        self.alike = True
 
     def run(self) -> Observed:
-        seen, batches = self.observed, self.subject.batches
-        layers = seen.layers = layers_of(self.subject)
-        if not batches:
-            return seen
-        seen.never_moved = {name for name, layer in layers.items() if layer.never_moved}
+        if not self.subject.contents:
+            return self.observed
+        ranks = self.subject.ranks
         with unchanged(self.subject.model) as found:
-            watch = self._pass(by_batch=True)
-            seen.by_batch, seen.padding = watch.seen, watch.padding
-            seen.largest, seen.rectified = watch.largest, watch.rectified
-            self._order()
-            seen.populations = {name: population(calls) for name, calls in seen.by_batch.statistics.items()}
-            first_bad = watch.not_finite
+            parts = ranks.together(lambda: self._look(found))
             found.restore()
-            watch = self._pass(by_batch=False)
-            seen.by_running = watch.seen
-            seen.in_training_mode = watch.in_training_mode - {n for n, one in layers.items() if one.frozen}
-            seen.not_finite = watch.not_finite or first_bad
-            if seen.failure is None and seen.not_finite is None:
-                found.restore()
-                self._recalibrate()
-                found.restore()
-                self._mates()
-            found.restore()
-            self._train()
-        seen.processes = processes.gather(self.network, seen.populations)
+            self.observed = self._merge(parts)
+            self._merge_again(ranks.together(lambda: self._look_again(found)))
+        if not ranks.given:
+            assert parts[0].process is not None
+            self.observed.processes = processes.gather(parts[0].process)
+        return self.observed
+
+    def _look(self, found: Snapshot) -> Observed:
+        """By the batch and in eval mode; what the others need of it."""
+        part, layers = self.part, self.layers
+        watch = self._pass(by_batch=True)
+        self.by_batch, part.padding = watch.seen, watch.padding
+        part.largest, part.rectified, part.not_finite = watch.largest, watch.rectified, watch.not_finite
+        part.by_batch = without_images(watch.seen, calls=2, at_least=2)
+        found.restore()
+        own = {name: population(calls) for name, calls in part.by_batch.statistics.items()}
+        part.process = processes.Process.of(self.network, layers, own)
+        watch = self._pass(by_batch=False)
+        part.by_running = without_images(watch.seen, calls=1, batches=shuffled(self.subject.contents))
+        part.of_running = Differences.of(watch.seen, self.by_batch)
+        part.in_training_mode = watch.in_training_mode - {n for n, one in layers.items() if one.frozen}
+        part.not_finite = watch.not_finite or part.not_finite
+        return part
+
+    def _merge(self, parts: list[Observed]) -> Observed:
+        """Of models that differ, each rank keeps what its own showed."""
+        each = [part.process for part in parts if part.process is not None]
+        found = processes.Processes(self.subject.ranks.names, each)
+        self.alike = found.alike
+        seen = merged(self._of(parts))
+        reached = list(seen.by_batch.statistics)
+        seen.layers = {name: self.layers[name] for name in [*reached, *self.layers]}
+        seen.never_moved = {name for name, layer in self.layers.items() if layer.never_moved}
+        seen.processes = None if self.subject.ranks.alone else found
         return seen
 
+    def _of(self, parts: list[Observed]) -> list[Observed]:
+        return parts if self.alike else [parts[self.subject.ranks.place]]
+
+    def _look_again(self, found: Snapshot) -> Observed:
+        """Recalibrated, with other batch mates, and in training."""
+        seen = self.observed
+        self.part = Observed(failure=seen.failure)
+        if seen.failure is None and seen.not_finite is None:
+            self._recalibrate()
+            found.restore()
+            self._mates()
+        found.restore()
+        self._train()
+        return self.part
+
+    def _merge_again(self, parts: list[Observed]) -> None:
+        again, seen = merged(self._of(parts)), self.observed
+        seen.recalibrated, seen.of_recalibrated = again.recalibrated, again.of_recalibrated
+        seen.mates, seen.steps, seen.failure = again.mates, again.steps, again.failure
+
     def _pass(self, *, by_batch: bool) -> Watch:
-        watch = Watch(self.network, self.observed.layers, by_batch=by_batch)
+        watch = Watch(self.network, self.layers, by_batch=by_batch)
         with watch.on():
             for number, batch in enumerate(self.subject.batches):
-                watch.begin(number)
-                before = {name: layer.statistics for name, layer in self.observed.layers.items()}
+                watch.begin(self.subject.numbers[number])
+                before = {name: layer.statistics for name, layer in self.layers.items()}
                 try:
                     with evaluating(self.network):
                         output = self._call(batch, number)
@@ -156,77 +147,82 @@ class _Observer:
                     if not by_batch:
                         self._note_moves(before)
                 watch.seen.outputs.append(kept(output))
-                self._score(watch, output, batch)
+                self._score(watch, output, batch, number)
                 self.on_steps(1)
         return watch
 
     def _call(self, batch: Any, number: int) -> Any:
         return call(self.network, batch, self.subject.forward, "diagnose", f"batch {number + 1}")
 
-    def _score(self, watch: Watch, output: Any, batch: Any) -> None:
+    def _score(self, watch: Watch, output: Any, batch: Any, number: int) -> None:
         device = next((tensor.device for tensor in self.network.parameters()), None)
         try:
             watch.seen.scores.append(score(output, to_device(batch, device), self.subject.loss))
         except Exception as error:
-            self._fail(error, None, watch.batch, "the loss")
+            self._fail(error, None, number, "the loss")
 
     def _note_moves(self, before: dict[str, tuple[Tensor, Tensor] | None]) -> None:
         """In eval mode nothing may move; what did is put back, so that all batches find the same."""
-        for name, layer in self.observed.layers.items():
+        moved_in_eval = self.part.moved_in_eval
+        for name, layer in self.layers.items():
             moved, statistics = steps.moved(before[name], layer.statistics), before[name]
             if moved > 0 and statistics is not None:
-                self.observed.moved_in_eval[name] = max(moved, self.observed.moved_in_eval.get(name, 0.0))
+                moved_in_eval[name] = max(moved, moved_in_eval.get(name, 0.0))
                 layer.write(*statistics)
 
     def _fail(self, error: Exception, layer: str | None, number: int, what: str = "the forward") -> None:
-        if self.observed.failure is not None:
+        if self.part.failure is not None:
             return
+        ranks = self.subject.ranks
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         message = " ".join(str(cause).split())[:_SHOWN]
         module = None if not layer else type(self.network.get_submodule(layer)).__name__
         where = f" in {module} {layer!r}" if layer else ""
-        self.observed.failure = CHECKS["BN200"].finding(
+        rank = {} if ranks.alone else {"rank": ranks.names[ranks.place]}
+        whose = f" of rank {rank['rank']}" if rank else ""
+        self.part.failure = CHECKS["BN200"].finding(
             layer or None,
-            f"{what} raises {type(cause).__name__}{where} on batch {number + 1}: {message}",
+            f"{what} raises {type(cause).__name__}{where} on batch {number + 1}{whose}: {message}",
             batch=number + 1,
             error=type(cause).__name__,
+            severity=None,
+            **rank,
         )
-
-    def _order(self) -> None:
-        reached = list(self.observed.by_batch.statistics)
-        layers = self.observed.layers
-        self.observed.layers = {name: layers[name] for name in [*reached, *layers]}
 
     def _recalibrate(self) -> None:
         written = False
-        for name, seen in self.observed.populations.items():
-            layer = self.observed.layers[name]
+        for name, of_layer in self.observed.populations.items():
+            layer = self.layers[name]
             if layer.running is not None and not layer.frozen:
-                layer.write(seen.mean, seen.var)
+                layer.write(of_layer.mean, of_layer.var)
                 written = True
         if written:
-            self.observed.recalibrated = self._pass(by_batch=False).seen
+            seen = self._pass(by_batch=False).seen
+            self.part.recalibrated = Pass(scores=seen.scores)
+            self.part.of_recalibrated = Differences.of(seen, self.by_batch)
 
     def _mates(self) -> None:
         def run(batch: Any) -> Any:
             with evaluating(self.network):
                 return self._call(batch, 0)
 
+        if not self.subject.batches:
+            return
         try:
-            self.observed.mates = mates.compare(self.network, self.subject.batches, run)
+            self.part.mates = mates.compare(self.network, self.subject.batches, run)
         except Exception:  # a batch that cannot be taken apart says nothing about the model
-            self.observed.mates = None
+            self.part.mates = None
         self.on_steps(1)
 
     def _train(self) -> None:
         """Training steps, without processes: what is synchronised would wait for the others."""
-        seen, batches = self.observed.steps, self.subject.batches
-        seen.backward = steps.may_run_backward(self.subject.model)
-        for parameter in self.network.parameters():
-            parameter.grad = None
-        for layer in self.observed.layers.values():
+        seen, batches = self.part.steps, self.subject.batches
+        if not batches:
+            return
+        steps.stand_in(self.network)
+        for layer in self.layers.values():
             _train_alone(layer.module)
-        frozen = {name for name, layer in self.observed.layers.items() if layer.frozen}
+        frozen = {name for name, layer in self.layers.items() if layer.frozen}
         for name, module in self.network.named_modules():
             # torch's SyncBatchNorm trains on GPUs alone.
             module.train(name not in frozen and not isinstance(module, nn.SyncBatchNorm))
@@ -239,7 +235,7 @@ class _Observer:
                     steps.step(
                         seen,
                         self.network,
-                        self.observed.layers,
+                        self.layers,
                         lambda batch=batch, number=number: self._call(batch, number),  # type: ignore[misc]
                         lambda output, batch=batch: self._loss(output, batch),  # type: ignore[misc]
                     )

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.doctor.contents import labels
+from batchnorm.doctor.packing import sent
 from batchnorm.model.nested import tensors_in
 
 # Of an output, enough to compare by: a segmentation of large images would not fit many times.
 _ELEMENTS = 2**20
 
 
+@sent
 @dataclass(frozen=True)
 class Score:
     """How good the outputs of a batch are; None where it cannot be told."""
@@ -35,14 +38,6 @@ def kept(output: Any) -> Tensor | None:
         return None
     rows = tensor.detach().flatten(1) if tensor.ndim > 1 else tensor.detach()[:, None]
     return rows[:, : max(1, _ELEMENTS // rows.shape[0])].float().cpu().clone()
-
-
-def labels(batch: Any) -> Tensor | None:
-    """The class of each sample, where a batch is `(inputs, integers of shape (N,))`."""
-    if not isinstance(batch, tuple | list) or len(batch) < 2 or not isinstance(batch[1], Tensor):
-        return None
-    y = batch[1]
-    return None if y.is_floating_point() or y.ndim != 1 or y.dtype == torch.bool else y.cpu().long()
 
 
 def score(output: Any, batch: Any, loss: Any) -> Score:

@@ -8,18 +8,22 @@ import torch
 from torch import Tensor
 
 from batchnorm.doctor.data.noise import BatchStatistics, take
+from batchnorm.doctor.packing import sent
 
 
+@sent
 @dataclass(frozen=True, eq=False)
 class Padding:
     """Trailing positions that are equal, and a batch's statistics with and without them.
 
     Attributes:
+        batch: its number.
         share: of the positions of the batch, less the share of equal ones at the beginning.
         shortest, longest: run of equal slices at a sample's end, of `length`.
         everything, without: the statistics of all positions, and of the others alone.
     """
 
+    batch: int
     share: float
     shortest: int
     longest: int
@@ -29,7 +33,7 @@ class Padding:
 
 
 @torch.no_grad()
-def find_padding(x: Tensor, shape: torch.Size, channel_dim: int) -> Padding | None:
+def find_padding(x: Tensor, shape: torch.Size, channel_dim: int, batch: int) -> Padding | None:
     """The padding of a batch (N, C, positions) that came in `shape`, or None where there is none.
 
     Samples padded to the longest end in slices that are all equal, of a length that differs between samples.
@@ -39,11 +43,11 @@ def find_padding(x: Tensor, shape: torch.Size, channel_dim: int) -> Padding | No
         return None
     spatial = [size for dim, size in enumerate(shape) if dim not in (0, channel_dim % len(shape))]
     values = x.reshape(x.shape[0], x.shape[1], *spatial)
-    found = [_along(values, x, dim) for dim in range(2, values.ndim) if values.shape[dim] > 2]
+    found = [_along(values, x, dim, batch) for dim in range(2, values.ndim) if values.shape[dim] > 2]
     return max((one for one in found if one is not None), key=lambda one: one.share, default=None)
 
 
-def _along(values: Tensor, x: Tensor, dim: int) -> Padding | None:
+def _along(values: Tensor, x: Tensor, dim: int, batch: int) -> Padding | None:
     length = values.shape[dim]
     trailing, leading = _run(values, dim), _run(values.flip(dim), dim)
     share = float((trailing - leading).double().mean() / length)
@@ -54,7 +58,9 @@ def _along(values: Tensor, x: Tensor, dim: int) -> Padding | None:
     shape = [len(x), *[1] * (values.ndim - 1)]
     shape[dim] = length
     mask = valid.view(shape).expand_as(values).reshape(x.shape)
-    return Padding(share, int(trailing.min()), int(trailing.max()), length, take(x, None), take(x, mask))
+    return Padding(
+        batch, share, int(trailing.min()), int(trailing.max()), length, take(x, None), take(x, mask)
+    )
 
 
 def _run(values: Tensor, dim: int) -> Tensor:

@@ -1,81 +1,92 @@
-"""What the processes of the default group have: checksums of parameters, buffers, moments of data."""
+"""What each process has, to be compared: its parameters, its buffers, and the moments of its data."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from batchnorm.doctor.data.layers import Layer
 from batchnorm.doctor.data.noise import Population
+from batchnorm.doctor.packing import sent
+from batchnorm.doctor.ranks import Ranks
 
 _SECONDS = 20
 
 
+@sent
 @dataclass(frozen=True, eq=False)
-class Processes:
-    """A row per process; None in place of what could not be gathered.
+class Process:
+    """What one process has.
 
     Attributes:
-        count: of the processes.
-        failure: why nothing was gathered, or None.
-        different_models: whether that is because what they have cannot be compared.
-        parameters: names, and checksums (processes, parameters, 2).
-        buffers: names, and per buffer its values (processes, elements), float64.
-        data: per layer the population's mean, var, and the noise of a batch's mean (processes, 3, C), and the
-            number of batches of each process.
+        shapes: of its parameters, and the channels of its batch norms, by name.
+        checksums: of its parameters, (parameters, 2), float64.
+        buffers: their values, by name, float64.
+        populations: of each layer's inputs.
     """
 
-    count: int
-    failure: str | None
-    parameters: tuple[list[str], Tensor] | None = None
-    buffers: dict[str, Tensor] | None = None
-    data: dict[str, tuple[Tensor, list[int]]] | None = None
-    different_models: bool = False
+    shapes: dict[str, tuple[int, ...]]
+    checksums: Tensor
+    buffers: dict[str, Tensor]
+    populations: dict[str, Population]
+
+    @classmethod
+    def of(
+        cls, network: nn.Module, layers: Mapping[str, Layer], populations: dict[str, Population]
+    ) -> Process:
+        shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
+        for name, layer in layers.items():
+            if layer.statistics is not None:
+                shapes[f"{name}'s statistics"] = tuple(layer.statistics[0].shape)
+        checksums = [_checksum(p) for p in network.parameters()]
+        return cls(
+            shapes,
+            torch.stack(checksums) if checksums else torch.empty(0, 2).double(),
+            {name: _double(b).flatten() for name, b in network.named_buffers() if b.numel() < 2**20},
+            populations,
+        )
 
 
-def gather(network: nn.Module, populations: dict[str, Population]) -> Processes | None:
+@dataclass(frozen=True, eq=False)
+class Processes:
+    """What the processes have, in the order of their ranks.
+
+    Attributes:
+        ranks: their ranks.
+        each: what they have; nothing where it could not be gathered.
+        failure: why not, or None.
+    """
+
+    ranks: list[int]
+    each: list[Process] = field(default_factory=list)
+    failure: str | None = None
+
+    @property
+    def alike(self) -> bool:
+        """Whether all have a model of the same structure."""
+        return all(process.shapes == self.each[0].shapes for process in self.each)
+
+
+def gather(mine: Process) -> Processes | None:
     """All processes of the default group call this; None where there is one.
 
     Raises nothing: a process that does not come within some seconds is a `failure`.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
         return None
-    names = [name for name, _ in network.named_parameters()]
-    checksums = torch.stack([_checksum(p) for p in network.parameters()] or [torch.zeros(2).double()])
-    buffers = {name: _double(b).flatten() for name, b in network.named_buffers() if b.numel() < 2**20}
-    layers = list(populations)
-    parts = [checksums.flatten(), *buffers.values()]
-    for name in layers:
-        seen = populations[name]
-        parts += [seen.mean, seen.var, seen.mean_noise, torch.tensor([float(seen.batches)]).double()]
-    mine = torch.cat(parts)
+    ranks = Ranks(dist.group.WORLD, timedelta(seconds=_SECONDS))
     missing = _missing()
     if missing is not None:
-        return Processes(dist.get_world_size(), missing)
+        return Processes(ranks.names, failure=missing)
     try:
-        sizes = _all_gather(torch.tensor([float(len(mine)), float(len(layers))]).double())
-        if len({tuple(size.tolist()) for size in sizes}) > 1:
-            why = "they have different models, or data reached different layers"
-            return Processes(len(sizes), why, different_models=True)
-        everyone = torch.stack(_all_gather(mine))
+        return Processes(ranks.names, ranks.together(lambda: mine))
     except (RuntimeError, ValueError) as error:
-        return Processes(dist.get_world_size(), " ".join(str(error).split())[:200])
-    rest = everyone.split([len(part) for part in parts], 1)
-    data, start = {}, 1 + len(buffers)
-    for name in layers:
-        *moments, batches = rest[start : start + 4]
-        data[name] = torch.stack(moments, 1), [int(number) for number in batches.flatten()]
-        start += 4
-    return Processes(
-        len(everyone),
-        None,
-        (names, rest[0].view(len(everyone), -1, 2)),
-        dict(zip(buffers, rest[1:], strict=False)),
-        data,
-    )
+        return Processes(ranks.names, failure=" ".join(str(error).split())[:200])
 
 
 _meetings = 0
@@ -110,12 +121,3 @@ def _checksum(parameter: Tensor) -> Tensor:
 
 def _double(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float64)
-
-
-def _all_gather(mine: Tensor) -> list[Tensor]:
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    mine = mine.to(device)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    work = dist.all_gather(everyone, mine, async_op=True)
-    work.wait(timedelta(seconds=_SECONDS))
-    return [theirs.cpu() for theirs in everyone]

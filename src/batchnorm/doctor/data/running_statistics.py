@@ -14,7 +14,7 @@ from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.data.gap import output_gap, scores_of
 from batchnorm.doctor.data.layers import Layer, trains
 from batchnorm.doctor.data.noise import Population, largest_by_chance, rms
-from batchnorm.doctor.data.observe import Observed
+from batchnorm.doctor.data.observed import Observed
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.subject import Subject
 from batchnorm.model.batch_norms import batches_counted
@@ -195,10 +195,9 @@ def _evidence(one: Mismatch) -> dict[str, Any]:
 
 def closed(observed: Observed) -> dict[str, Any]:
     """What recalibration on these batches does to the output gap and the scores, as measured."""
-    if observed.recalibrated is None:
+    if observed.recalibrated is None or observed.of_recalibrated is None:
         return {}
-    before = output_gap(observed.by_running, observed.by_batch)
-    after = output_gap(observed.recalibrated, observed.by_batch)
+    before, after = output_gap(observed.of_running), output_gap(observed.of_recalibrated)
     evidence: dict[str, Any] = {}
     if before is not None and after is not None:
         evidence |= {"output_gap": before[0], "output_gap_recalibrated": after[0]}

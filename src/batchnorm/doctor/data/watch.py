@@ -15,6 +15,7 @@ from batchnorm.doctor.data.layers import Layer
 from batchnorm.doctor.data.noise import BatchStatistics, take
 from batchnorm.doctor.data.outputs import Score, first_tensor
 from batchnorm.doctor.data.padding import Padding, find_padding
+from batchnorm.doctor.packing import sent
 
 _RECTIFIERS = {
     getattr(owner, name)
@@ -24,6 +25,7 @@ _RECTIFIERS = {
 }
 
 
+@sent
 @dataclass
 class Pass:
     """What was seen while every batch went through the model once.
@@ -31,7 +33,7 @@ class Pass:
     Attributes:
         statistics: of each layer's inputs, one entry per call.
         normalized: what each call made of them: the mean of each image (N, C), and the std (C,).
-        batch_of: the number of the batch of each call.
+        batch_of: the number of the batch of each call, among those of all ranks.
         outputs: per batch, (N, elements).
         scores: per batch.
     """
@@ -43,10 +45,12 @@ class Pass:
     scores: list[Score] = field(default_factory=list)
 
 
+@sent
 @dataclass(frozen=True)
 class NotFinite:
-    """The first tensor with inf or NaN: whose it is, and of which kind."""
+    """The first tensor with inf or NaN: in which batch, whose it is, and of which kind."""
 
+    batch: int
     layer: str | None
     kind: str
     share: float
@@ -97,7 +101,7 @@ class Watch:
         for name, module in self.network.named_modules():
             handles.append(module.register_forward_pre_hook(self._entering(name)))
             handles.append(module.register_forward_hook(self._leaving(name)))
-        self.not_finite = NotFinite(None, "", 0.0)  # nothing is looked at
+        self.not_finite = NotFinite(0, None, "", 0.0)  # nothing is looked at
         try:
             yield
         finally:
@@ -136,7 +140,7 @@ class Watch:
             bad = ~torch.isfinite(tensor.detach())
             if bool(bad.any()):  # the sum of finite values may overflow
                 kind = "NaN" if bool(torch.isnan(tensor.detach()).any()) else "inf"
-                self.not_finite = NotFinite(name, kind, float(bad.float().mean()))
+                self.not_finite = NotFinite(self.batch, name, kind, float(bad.float().mean()))
 
     def _before(self, layer: Layer) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -154,7 +158,7 @@ class Watch:
                 layer.write(statistics.mean, statistics.var)
             if self.by_batch and self.batch < 2 and mask is None and layer.name not in self.padding:
                 shape = (args[0] if args else next(iter(kwargs.values()))).shape
-                found = find_padding(x, shape, getattr(module, "channel_dim", 1))
+                found = find_padding(x, shape, getattr(module, "channel_dim", 1), self.batch)
                 if found is not None:
                     self.padding[layer.name] = found
             used = layer.statistics or (statistics.mean, statistics.var)

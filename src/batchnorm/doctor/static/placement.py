@@ -16,7 +16,6 @@ from batchnorm.doctor.structure import Call
 from batchnorm.doctor.subject import Subject
 from batchnorm.model.freeze import is_frozen
 from batchnorm.model.fusion.calls import activation_of_module
-from batchnorm.model.nested import samples_in
 
 _DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _DROPOUT_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, F.alpha_dropout}
@@ -136,7 +135,7 @@ def logits(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=False,
 )
 def pooling(check: Check, subject: Subject) -> Iterator[Finding]:
-    smallest = min((size for batch in subject.batches if (size := samples_in(batch))), default=None)
+    smallest = min((batch.samples for batch in subject.contents if batch.samples), default=None)
     for call in _batch_norm_calls(subject):
         before = _only_input(call)
         while before is not None and (_reshapes(before) or _is_activation(before) or _is_pointwise(before)):

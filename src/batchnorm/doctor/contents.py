@@ -1,0 +1,60 @@
+"""What a batch holds, known before it goes through the model: how many samples, and of which classes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.doctor.packing import sent
+from batchnorm.model.nested import samples_in
+
+# So many samples at most.
+_SHUFFLED = 4096
+
+
+@sent
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """Of one batch.
+
+    Attributes:
+        samples: how many; 0 where that cannot be told.
+        labels: the class of each, (N,), or None.
+    """
+
+    samples: int
+    labels: Tensor | None
+
+    @classmethod
+    def of(cls, batch: Any) -> Contents:
+        return cls(samples_in(batch), labels(batch))
+
+
+def labels(batch: Any) -> Tensor | None:
+    """The class of each sample, where a batch is `(inputs, integers of shape (N,))`."""
+    if not isinstance(batch, tuple | list) or len(batch) < 2 or not isinstance(batch[1], Tensor):
+        return None
+    y = batch[1]
+    return None if y.is_floating_point() or y.ndim != 1 or y.dtype == torch.bool else y.cpu().long()
+
+
+def in_order(of_ranks: list[list[Contents]], place: int) -> tuple[list[Contents], list[int]]:
+    """All batches as one process would have them, and the numbers in it of the rank's at `place`.
+
+    The first batch of each rank, then the second of each: a loader whose batches are dealt out one by one
+    is in its own order again.
+    """
+    order = sorted((number, rank) for rank, own in enumerate(of_ranks) for number in range(len(own)))
+    numbers = [n for n, (_, rank) in enumerate(order) if rank == place]
+    return [of_ranks[rank][number] for number, rank in order], numbers
+
+
+def shuffled(batches: Sequence[Contents]) -> int:
+    """How many, from the first on, BN217 shuffles: its cost grows with the square of their samples."""
+    so_far = itertools.accumulate(batch.samples for batch in batches)
+    return max(2, sum(samples <= _SHUFFLED for samples in so_far))
