@@ -29,7 +29,6 @@ def _seed():
 def kernel(request, monkeypatch):
     """Each of the kernels in turn, whatever the choice would be."""
     if request.param is cpu:
-        monkeypatch.setattr(cpu, "MAPPED", 0)
         monkeypatch.setattr(cpu, "pays", lambda *call: True)  # whatever the size
     else:
         monkeypatch.setattr(functional, "choose", lambda *tensors, **options: request.param)

@@ -30,7 +30,6 @@ INPUTS = ("x", "weight", "bias", "residual")
 @pytest.fixture(autouse=True)
 def _small_tensors_and_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cpu, "pays", lambda *call: True)
-    monkeypatch.setattr(cpu, "MAPPED", 0)
     monkeypatch.setattr(team, "_WORTH_A_TEAM", 1)
     before = torch.get_num_threads()
     torch.manual_seed(0)

@@ -22,7 +22,6 @@ pytestmark = pytest.mark.skipif(not team.available(), reason="torch's threads ar
 @pytest.fixture(autouse=True)
 def _small_inputs_too(monkeypatch):
     monkeypatch.setattr(cpu, "pays", lambda *call: True)
-    monkeypatch.setattr(cpu, "MAPPED", 0)
     torch.manual_seed(0)
 
 

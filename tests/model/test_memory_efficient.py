@@ -31,7 +31,6 @@ C = 4
 def _seed_and_one_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # With and without the verb by the same kernel: else a last bit may differ.
     monkeypatch.setattr(cpu, "pays", lambda *call: True)
-    monkeypatch.setattr(cpu, "MAPPED", 0)
     if not cpu._work():
         pytest.skip("the CPU kernels do not run here")
     torch.manual_seed(0)

@@ -25,10 +25,6 @@ _COSTLY = frozenset({"elu", "gelu", "silu", "mish", "sigmoid", "tanh"})
 # For fewer values torch's operator is done before a kernel called from Python has begun: without gradients,
 # with them (alone, or with an activation or a residual), and in eval mode, where torch's needs one pass.
 SMALLEST, SMALLEST_WITH_GRADIENT, SMALLEST_FUSED, SMALLEST_IN_EVAL = 4096, 65536, 32768, 131072
-# Channels of a row from which on torch's channels_last operator keeps up: in tensors of fewer bytes than
-# SMALL, and in those that glibc does not map anew each time.
-NARROW_OF_SMALL, NARROW = 128, 32
-SMALL, MAPPED = 4 * 1024 * 1024, 32 * 1024 * 1024
 
 _pack = struct.Struct(f.FORMAT).pack
 
@@ -41,21 +37,11 @@ def supports(
     activation: str | None = None,
     training: bool = True,
 ) -> bool:
-    """Whether the kernels take these tensors where this code is running, and are faster than torch's."""
+    """Whether the kernels take these tensors where this code is running, and are worth calling."""
     size, dtype, channels = x.numel(), x.dtype, x.shape[channel_dim]
     alone = activation is None and residual is None
     recording = recipes.is_recording() and torch.is_grad_enabled()
     if not size or not (recording or pays(size, training, alone, "rows")):
-        return False
-    # Over rows torch is at the speed of memory too, but for narrow ones and where pages are new each time.
-    in_bytes = size * x.element_size()
-    rows_are_torchs = (
-        alone
-        and channels >= (NARROW_OF_SMALL if in_bytes < SMALL else NARROW)
-        and in_bytes < MAPPED
-        and not recording
-    )
-    if rows_are_torchs and x.ndim == 2:
         return False
     if dtype not in DTYPES or not _is_plain(x, dtype):
         return False
@@ -67,9 +53,7 @@ def supports(
     if residual is not None and not _is_plain(residual, dtype):
         return False
     the_plan = _plan(x, channel_dim)
-    if the_plan is None or (rows_are_torchs and the_plan.kind == "rows"):
-        return False
-    if not (recording or pays(size, training, alone, the_plan.kind)):
+    if the_plan is None or not (recording or pays(size, training, alone, the_plan.kind)):
         return False
     return not torch.are_deterministic_algorithms_enabled() and can_run_here() and _work()
 
