@@ -324,6 +324,22 @@ def fixes_are_those_of_all_processes() -> None:
 
 
 @case(2, 3)
+def a_synchronised_layer_has_the_values_of_all() -> None:
+    model, data, _ = SICK["BN203"]()
+    k = dist.get_world_size()
+
+    def of(model: nn.Module) -> bn.Finding:
+        findings = diagnosed(model, dealt(data)).findings
+        return next(finding for finding in findings if (finding.code, finding.layer) == ("BN203", "fc.4"))
+
+    apart, whole = of(model), of(bn.convert(copy.deepcopy(model), sync=True))
+    assert (apart.severity, whole.severity) == ("error", "warning")
+    assert whole.evidence["values"] == k * apart.evidence["values"]
+    assert f"in {k} processes" in whole.what
+    assert of(bn.convert(copy.deepcopy(model), sync=cases.ALONE)).what == apart.what
+
+
+@case(2, 3)
 def a_wrapped_model_is_trained_without_communication() -> None:
     """Backward passes would wait for other processes in DDP's hooks: here a rank has no batch."""
     model, data, _ = faults.checkpointed("vgg", False)()

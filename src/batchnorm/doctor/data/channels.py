@@ -45,18 +45,21 @@ def too_few_values(check: Check, subject: Subject) -> Iterator[Finding]:
         )
         share, error = _noise(calls, observed.populations[name], has_tokens)
         per_image = 1 / share if share > 0 else math.inf
-        effective = min(smallest.values, max(1.0, smallest.images * per_image))
+        processes = _normalised_together(observed, name)
+        values, images = smallest.values * processes, smallest.images * processes
+        effective = min(values, max(1.0, images * per_image))
         if effective >= _FEW:
             continue
         noise = 1 / math.sqrt(effective)
         severity: Severity = "note"
         if trains(subject) and effective < _TOO_FEW:
-            severity = "error" if smallest.values <= 2 else "warning"
+            severity = "error" if values <= 2 else "warning"
+        whose = f"a batch of {images}" if processes == 1 else f"a batch of {images} in {processes} processes"
         what = (
-            f"a batch of {smallest.images} has {smallest.values:.0f} values per channel, worth "
-            f"{effective:.1f} independent ones: its mean is off by {noise:.0%} of a standard deviation"
+            f"{whose} has {values:.0f} values per channel, worth {effective:.1f} independent ones: its mean "
+            f"is off by {noise:.0%} of a standard deviation"
         )
-        if smallest.values <= 2:
+        if values <= 2:
             what += "; two values are normalised to -1 and 1 whatever they are"
         yield check.finding(
             name,
@@ -64,11 +67,18 @@ def too_few_values(check: Check, subject: Subject) -> Iterator[Finding]:
             severity=severity,
             effect=noise,
             standard_error=noise * error / (2 * share) if share > 0 else 0.0,
-            noise_alone=1 / math.sqrt(max(smallest.values, 1.0)),
-            values=smallest.values,
+            noise_alone=1 / math.sqrt(max(values, 1.0)),
+            values=values,
             independent_values=effective,
-            images=smallest.images,
+            images=images,
         )
+
+
+def _normalised_together(observed: Observed, name: str) -> int:
+    """How many processes the layer normalises over in training, of those that are looked at."""
+    if observed.processes is None:
+        return 1
+    return min(observed.layers[name].processes, len(observed.processes.ranks))
 
 
 def _noise(calls: list[BatchStatistics], seen: Population, has_tokens: bool) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm import distributed
 from batchnorm.doctor.handwritten import Handwritten
 from batchnorm.doctor.held import held_tensors
 from batchnorm.doctor.subject import Subject
@@ -58,6 +59,14 @@ class Layer:
             return None
         mean, var = (tensor.detach().to("cpu", torch.float64).flatten() for tensor in self.running)
         return mean.clone(), var.clone()
+
+    @property
+    def processes(self) -> int:
+        """How many processes' batches it normalises by in training."""
+        if isinstance(self.module, nn.SyncBatchNorm):
+            return torch.distributed.get_world_size(self.module.process_group)
+        group = distributed.group_of(getattr(self.module, "_sync", False))
+        return 1 if group is None else torch.distributed.get_world_size(group)
 
     @property
     def never_moved(self) -> bool:
