@@ -148,16 +148,20 @@ def to_png(figure: Figure) -> bytes:
 
 
 def _write_numbers_plainly(figure: Figure) -> None:
-    """1,000 and 0.01 where a logarithmic axis would have powers of ten."""
+    """10k and 0.01 where a logarithmic axis would have powers of ten."""
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             if axis.get_scale() in ("log", "symlog"):
                 low, high = sorted(axis.get_view_interval())
-                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+                axis.set_major_formatter(FuncFormatter(_short))
                 if high < 30 * low:  # hardly more than a power of ten: it needs the numbers between
                     axis.set_minor_formatter(FuncFormatter(_small_digit))
                 else:
                     axis.set_minor_formatter(NullFormatter())
+
+
+def _short(value: float, _: int) -> str:
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:.10g}"
 
 
 def _small_digit(value: float, _: int | None) -> str:
