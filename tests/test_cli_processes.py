@@ -95,7 +95,7 @@ def test_train_prints_and_writes_once_and_resumes_in_one_process(tmp_path: Path)
         wait_for_an_epoch(tmp_path / "run", agent)
         printed, errors = agent.communicate(timeout=SECONDS)
     assert agent.returncode == 0, errors
-    assert [line.split(",")[0] for line in printed.splitlines()[1:]] == [f"epoch {n}" for n in (1, 2, 3, 4)]
+    assert [line.split(",")[0] for line in printed.splitlines()[1:-1]] == [f"epoch {n}" for n in (1, 2, 3, 4)]
     assert "2 processes with statistics synchronised" in printed
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["status"], summary["processes"], summary["config"]["sync"]) == ("finished", 2, True)
@@ -156,9 +156,18 @@ def sick():
 
 @pytest.mark.slow
 def test_doctor_says_what_one_process_says_and_all_exit_alike(tmp_path: Path) -> None:
-    (tmp_path / "patients.py").write_text(PATIENT)
+    (tmp_path / "torchrun_patients.py").write_text(PATIENT)
     torch.save(LeNet("torch").state_dict(), "weights.pt")
-    command = ["doctor", "patients:sick", "--weights", "weights.pt", "--data", "digits", "--max-batches", "5"]
+    command = [
+        "doctor",
+        "torchrun_patients:sick",
+        "--weights",
+        "weights.pt",
+        "--data",
+        "digits",
+        "--max-batches",
+        "5",
+    ]
     command += ["--html", "page.html", "--json"]
     with redirect_stdout(io.StringIO()) as one:
         assert run(command) == 1
