@@ -10,7 +10,7 @@ from torch import Tensor
 
 import batchnorm as bn
 from batchnorm.kernels import choose, cpu
-from batchnorm.kernels.cpu import groups, rows, slabs, team
+from batchnorm.kernels.cpu import rows, slabs, team
 from batchnorm.kernels.cpu.plan import (
     _GROUP_COLUMNS,
     _SHORT_RUN,
@@ -195,7 +195,7 @@ def kind(x, channel_dim):
 
 # ------------------------------------------------------------------------- every block and tile boundary
 
-B, G, W, T = slabs.BLOCK, _GROUP_COLUMNS, _WIDE_ROW, rows.TILE_COLUMNS
+B, G, W, T, M = slabs.BLOCK, _GROUP_COLUMNS, _WIDE_ROW, rows.TILE_COLUMNS, rows.MOST_ROWS
 RUN, TILE = _SHORT_RUN, _TILE_BYTES // 4
 SHAPES = {
     "slabs": [
@@ -210,16 +210,16 @@ SHAPES = {
     "groups": [
         (1, 2, 2), (2, 2, 2), (1, 2, 3), (2, 3, 2), (3, 2, 3), (1, 3, RUN), (2, 2, RUN - 1), (3, 7, 47),
         *[(3, G // 2 + d, 2) for d in (-1, 0, 1)], *[(2, G // RUN + d, RUN) for d in (-1, 0, 1)],
-        *[(rows.BLOCK // (2 * 47) + d, 2, 47) for d in (-1, 0, 1)], *[(8 + d, 43, 47) for d in (-1, 0, 1)],
-        *[(256 + d, 2, 31) for d in (-1, 0, 1)], (37, 211, 5), (4, 2 * G // 3 + 1, 3),
+        *[(M + d, 2, 47) for d in (-1, 0, 1)], *[(rows.BLOCK // (43 * 47) + d, 43, 47) for d in (-1, 0, 1)],
+ (37, 211, 5), (4, 2 * G // 3 + 1, 3),
     ],
     "rows": [
         (1, 1, 2), (2, 1, B + 1),  # one channel is a column
         *itertools.product((2, 3), (1, 2, 3)),
         *[(n, c) for n in (2, 7) for c in (W // 2 - 1, W // 2, W // 2 + 1, W - 1, W, W + 1)],
-        *[(5, T + d) for d in (-1, 0, 1)], (3, 2 * T), (2, 2 * T + 1), (2, 4099),
-        *[(32 + d, T + 1) for d in (-1, 0, 1)], *[(rows.BLOCK // W + d, W) for d in (-1, 0, 1)],
-        *[(rows.BLOCK + d, 1) for d in (-1, 0, 1)], (rows.BLOCK + W + 1, 1), (5477, 3), (1009, 31), (67, 127),
+        *[(5, T + d) for d in (-1, 0, 1)], (3, 2 * T), (2, 2 * T + 1), (2, 4099), (2 * M, 130),
+        *[(rows.BLOCK // T + d, T + 1) for d in (-1, 0, 1)], *[(M + d, W) for d in (-1, 0, 1)],
+        *[(M * W + d, 1) for d in (-1, 0, 1)], (M * W + W + 1, 1), (5477, 3), (1009, 31), (67, 127),
         *[(W + d, 1) for d in (-1, 0, 1)], *[(2 * (W // 3) + d, 3) for d in (-1, 0, 1)],
     ],
 }  # fmt: skip
@@ -235,8 +235,7 @@ GRID_OF_THREADS = [
 
 def test_the_grid_knows_the_sizes():
     # Should they change, so must the grid.
-    assert (B, G, W, T, RUN, rows.BLOCK) == (4096, 2048, 64, 512, 48, 16384)
-    assert groups.BLOCK == rows.BLOCK
+    assert (B, G, W, T, RUN, rows.BLOCK, M) == (4096, 2048, 64, 2048, 48, 262144, 256)
 
 
 @pytest.mark.parametrize(("name", "shape", "dtype", "threads"), GRID_OF_THREADS, ids=str)

@@ -16,7 +16,7 @@ import numpy as np
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu.activations import Real
 from batchnorm.kernels.cpu.memory import at, call, fields_of, pointer
-from batchnorm.kernels.cpu.rows import BLOCK, add_rows, sum_centred_rows
+from batchnorm.kernels.cpu.rows import add_rows, rows_per_block, sum_centred_rows
 from batchnorm.kernels.cpu.runs import loop
 from batchnorm.kernels.cpu.slabs import exact_moments, total
 from batchnorm.kernels.cpu.statistics import (
@@ -55,12 +55,6 @@ def fill(values, n, value):
     """Write a value n times."""
     for i in range(n):
         values[i] = value
-
-
-@loop
-def samples_per_block(width):
-    """Rows of so many columns that make a block: few enough for the float32 sum of a column."""
-    return max(4, min(256, BLOCK // width))
 
 
 @loop
@@ -180,7 +174,7 @@ def reduce(raw, table, thread, c0, c1, real):
         return
     n = 0
     while n < samples:
-        next_n = min(samples, n + samples_per_block(width))
+        next_n = min(samples, n + rows_per_block(width))
         fill(firsts, width, real(0))
         fill(seconds, width, real(0))
         reduce_block(raw, thread, c0, c1, n, next_n, real)
@@ -235,7 +229,7 @@ def forward_of_group(raw, table, thread, c0, c1, real):
     if fields[f.STATISTICS] == f.OF_BATCH:
         n = 0
         while n < samples:
-            next_n = min(samples, n + samples_per_block((c1 - c0) * positions))
+            next_n = min(samples, n + rows_per_block((c1 - c0) * positions))
             take_block(raw, table, thread, c0, c1, n, next_n, real)
             n = next_n
     if fields[f.STATISTICS] != f.OF_TABLE:

@@ -29,10 +29,10 @@ from batchnorm.kernels.cpu.statistics import (
     thread_num,
 )
 
-# Columns worked on at a time, and values per block: sums of a tile stay in the first-level cache, a block in
-# the second.
-TILE_COLUMNS = 512
-BLOCK = 16384
+# Columns worked on at a time, and values per block; no more rows, as float32 holds the sums of a block.
+TILE_COLUMNS = 2048
+BLOCK = 262144
+MOST_ROWS = 256
 
 # Rows of sums, as wide as a wide row, that each thread needs behind those that all share.
 THREAD_ROWS = 3
@@ -169,7 +169,7 @@ def found_by(raw, thread):
 @loop
 def rows_per_block(width):
     """Wide rows that make a block, a tile of columns at a time."""
-    return max(4, BLOCK // min(width, TILE_COLUMNS))
+    return max(4, min(MOST_ROWS, BLOCK // min(width, TILE_COLUMNS)))
 
 
 @loop
