@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.doctor_cases import CASES
-from tests.distributed.test_processes import run
+from tests.distributed.test_processes import assert_passed, run
 
 # For all the cases of a set of processes, which train three models; on an idle 2-core machine a set takes 30.
 SECONDS = 240
@@ -29,6 +29,4 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ("processes", "name"), sorted((k, name) for name, (_, sizes) in CASES.items() for k in sizes)
 )
 def test_processes(processes: int, name: str, results: Any) -> None:
-    for rank, found in enumerate(results(processes)):
-        assert name in found, f"rank {rank} did not come to it: an earlier case failed, or {found['log']}"
-        assert "failure" not in found[name], f"rank {rank}: {found[name]['failure']}"
+    assert_passed(name, results(processes))

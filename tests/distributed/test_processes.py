@@ -71,6 +71,11 @@ def result(folder: Path, rank: int) -> dict[str, Any]:
     ("processes", "name"), sorted((k, name) for name, (_, sizes) in CASES.items() for k in sizes)
 )
 def test_processes(processes: int, name: str, results: Any) -> None:
-    for rank, found in enumerate(results(processes)):
+    assert_passed(name, results(processes))
+
+
+def assert_passed(name: str, of_ranks: list[dict[str, Any]]) -> None:
+    """A case, by what each rank found."""
+    for rank, found in enumerate(of_ranks):
         assert name in found, f"rank {rank} did not come to it: an earlier case failed, or {found['log']}"
         assert "failure" not in found[name], f"rank {rank}: {found[name]['failure']}"

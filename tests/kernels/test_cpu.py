@@ -633,6 +633,7 @@ def test_the_choice_by_size(monkeypatch):
         return choose(x, 1, **options)
 
     assert chosen(65536) is chosen(32768, **fused) is cpu
+    assert chosen(65536, True) is chosen(4194304, True) is choose(torch.randn(64, 1024), 1) is cpu
     assert chosen(65408) is chosen(32640, **fused) is native
     with torch.no_grad():
         assert chosen(4096) is cpu
