@@ -6,7 +6,7 @@ import pytest
 
 from batchnorm.doctor.contents import Contents, in_order, shuffled
 from batchnorm.doctor.finding import Finding, merged_findings
-from batchnorm.doctor.ranks import ALONE, apart, said
+from batchnorm.model.ranks import ALONE, apart, said
 
 A = Finding("BN101", "warning", "bn1", "a", {"n": 1}, "why", "fix")
 B = replace(A, code="BN102", layer=None)
@@ -42,9 +42,9 @@ def test_who_is_apart(what: str, words: str) -> None:
 def test_batches_that_were_dealt_out_are_in_order_again() -> None:
     batches = [Contents(n, None) for n in range(7)]
     of_ranks = [batches[0::3], batches[1::3], batches[2::3]]
-    for place, numbers in enumerate(([0, 3, 6], [1, 4], [2, 5])):
-        assert in_order(of_ranks, place) == (batches, numbers)
-    assert in_order([[], batches[:2], batches[2:3]], 1) == ([batches[0], batches[2], batches[1]], [0, 2])
+    order = in_order(of_ranks)
+    assert [of_ranks[place][number] for place, number in order] == batches
+    assert in_order([[], batches[:2], batches[2:3]]) == [(1, 0), (2, 0), (1, 1)]
 
 
 def test_batches_are_shuffled_up_to_a_number_of_samples() -> None:

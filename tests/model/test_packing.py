@@ -9,7 +9,7 @@ from torch import Tensor
 from batchnorm.doctor.data.noise import take
 from batchnorm.doctor.data.watch import Pass
 from batchnorm.doctor.finding import Finding
-from batchnorm.doctor.packing import packed, unpacked
+from batchnorm.model.packing import packed, unpacked
 
 
 def test_values_come_back() -> None:
