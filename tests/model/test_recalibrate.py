@@ -570,7 +570,7 @@ recalibrate(model, [x[:20]] if rank else [x[20:]])  # without a group: this proc
 alone = x[:20] if rank else x[20:]
 torch.testing.assert_close(model.first.running_mean, alone.mean(0))
 fails([], ValueError, "empty")
-fails(broken() if rank else mine, *((OSError, "disk") if rank else (RuntimeError, "process 1 of the group")))
+fails(broken() if rank else mine, *((OSError, "disk") if rank else (RuntimeError, "failed on rank 1: OSError: disk")))
 recalibrate(nn.parallel.DistributedDataParallel(model), mine, group=dist.group.WORLD)
 dist.barrier()
 os._exit(0)  # everything held; gloo's threads now and then abort a Python that ends by itself

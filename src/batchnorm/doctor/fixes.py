@@ -149,9 +149,10 @@ def absorb(subject: Subject, layers: Sequence[str]) -> None:
         raise ValueError(_NO_DATA)
     found = subject.batch_of_all(0)  # before anything can fail here, for all take part
     if found is None:
+        rank = said([subject.ranks.names[subject.ranks.place]])
         raise ValueError(
-            f"{said([subject.ranks.names[subject.ranks.place]])} has no batch, and those of the others are not made of tensors, tuples, "
-            "lists and dictionaries alone, so they cannot be sent: give each process a batch"
+            f"{rank} has no batch, and cannot be sent another's, which is not made of tensors in tuples, "
+            "lists and dictionaries alone: give each process a batch"
         )
     others = []
     for call in subject.calls:

@@ -170,7 +170,7 @@ def is_rank_0() -> bool:
 
 def is_of_another_process(error: Exception) -> bool:
     """Whether an error says no more than that another process has failed, or did not come."""
-    signs = "gloo", "all-reduce over the processes", "the exchange between", "failed in process"
+    signs = "gloo", "all-reduce over the processes", "the exchange between", ": failed on rank"
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     )

@@ -11,8 +11,6 @@ from batchnorm.doctor.data.watch import Pass
 from batchnorm.model.packing import sent
 from batchnorm.moments import Moments
 
-sent(Moments)
-
 
 @sent
 @dataclass(frozen=True)
