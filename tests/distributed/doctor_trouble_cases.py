@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import batchnorm as bn
-from tests.distributed import cases
+from tests.distributed import cases, disagreement_cases
 from tests.distributed.doctor_cases import (
     CASES,
     LENET,
@@ -31,7 +31,8 @@ from tests.distributed.doctor_cases import (
 from tests.doctor.data import faults
 from tests.doctor.data.digits import batches, trained
 
-__all__ = ["CASES"]
+# With the cases that the other module registers.
+__all__ = ["CASES", "disagreement_cases"]
 
 
 class RaisesOn(nn.Module):
