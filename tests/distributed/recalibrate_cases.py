@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import batchnorm as bn
+from batchnorm.model import ranks
 from tests.distributed.cases import case
 
 
@@ -93,6 +94,22 @@ def what_fails_in_one_process_fails_in_all() -> None:
     )
     recalibrated(model, dealt(x))
     assert model.first.num_batches_tracked == 3
+
+
+@case(2, 3)
+def what_one_rank_has_goes_to_all_in_pieces() -> None:
+    def own() -> Any:
+        assert dist.get_rank() == 1
+        return [torch.arange(100), ("a", None)]
+
+    before = ranks._PIECE
+    ranks._PIECE = 7
+    try:
+        numbers, rest = ranks.Ranks(dist.group.WORLD, "test").from_one(1, own)
+    finally:
+        ranks._PIECE = before
+    assert torch.equal(numbers, torch.arange(100))
+    assert rest == ("a", None)
 
 
 @case(2, 3)
