@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.doctor.data.noise import take
-from batchnorm.doctor.data.watch import Pass
+from batchnorm.doctor.data.recorder import Pass
 from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.packing import packed, unpacked
 

@@ -16,7 +16,7 @@ from batchnorm.model.batches import Batches
 from batchnorm.model.calling import call, evaluating, unwrapped
 from batchnorm.model.freeze import is_frozen
 from batchnorm.model.gather import Seen, check_group, gathered
-from batchnorm.model.watch import Watch
+from batchnorm.model.input_moments import InputMoments
 
 # (layer, what it has seen, mean, variance) -> the mean and the variance to write.
 Blend = Callable[[_BatchNorm, Seen, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -125,8 +125,8 @@ def estimate(
     """
 
     def run(open_layers: dict[_BatchNorm, str]) -> dict[_BatchNorm, Seen]:
-        watch = Watch(open_layers, one_value_is_enough=sequential, verb=verb)
-        return _merged(watch, lambda: _run(network, batches, forward, watch), group)
+        inputs = InputMoments(open_layers, one_value_is_enough=sequential, verb=verb)
+        return _merged(inputs, lambda: _run(network, batches, forward, inputs), group)
 
     with _unless_done_restored(names) as done, evaluating(network):
         while True:
@@ -167,25 +167,25 @@ def _unless_done_restored(layers: Iterable[_BatchNorm]) -> Iterator[set[_BatchNo
 
 
 def _run(
-    model: nn.Module, batches: Batches, forward: Callable[[nn.Module, Any], Any] | None, watch: Watch
+    model: nn.Module, batches: Batches, forward: Callable[[nn.Module, Any], Any] | None, inputs: InputMoments
 ) -> int:
     """One pass over the loader; how many batches it had."""
     number = 0
-    with watch.on():
+    with inputs.on():
         for number, batch in enumerate(batches, 1):
-            call(model, batch, forward, watch.verb, f"batch {number}")
+            call(model, batch, forward, inputs.verb, f"batch {number}")
     return number
 
 
-def _merged(watch: Watch, run: Callable[[], int], group: Any) -> dict[_BatchNorm, Seen]:
+def _merged(inputs: InputMoments, run: Callable[[], int], group: Any) -> dict[_BatchNorm, Seen]:
     """What the layers were given in a pass, in all processes of the group, in order of execution."""
     if group is None:
         batches = run()
-        seen = watch.seen
+        seen = inputs.seen
     else:
-        batches, seen = gathered(watch.layers, watch.seen, run, group, watch.verb)
+        batches, seen = gathered(inputs.layers, inputs.seen, run, group, inputs.verb)
     if batches == 0:
-        raise ValueError(f"{watch.verb}: the loader is empty: without a batch there are no statistics")
+        raise ValueError(f"{inputs.verb}: the loader is empty: without a batch there are no statistics")
     return dict(sorted(seen.items(), key=lambda item: item[1].position))
 
 

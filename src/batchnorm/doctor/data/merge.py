@@ -13,8 +13,8 @@ from torch import Tensor
 from batchnorm.doctor.data.differences import Differences
 from batchnorm.doctor.data.mates import Mates
 from batchnorm.doctor.data.noise import BatchStatistics
+from batchnorm.doctor.data.recorder import Pass
 from batchnorm.doctor.data.steps import Steps, grows
-from batchnorm.doctor.data.watch import Pass
 
 Value = TypeVar("Value")
 

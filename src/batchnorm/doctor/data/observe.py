@@ -16,7 +16,7 @@ from batchnorm.doctor.data.merge import without_images
 from batchnorm.doctor.data.noise import population
 from batchnorm.doctor.data.observed import Observed, merged
 from batchnorm.doctor.data.outputs import kept, score
-from batchnorm.doctor.data.watch import Pass, Watch
+from batchnorm.doctor.data.recorder import Pass, PassRecorder
 from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.snapshot import Snapshot, unchanged
 from batchnorm.doctor.subject import Subject
@@ -85,18 +85,22 @@ class _Observer:
     def _look(self, found: Snapshot) -> Observed:
         """By the batch and in eval mode; what the others need of it."""
         part, layers = self.part, self.layers
-        watch = self._pass(by_batch=True)
-        self.by_batch, part.padding = watch.seen, watch.padding
-        part.largest, part.rectified, part.not_finite = watch.largest, watch.rectified, watch.not_finite
-        part.by_batch = without_images(watch.seen, calls=2, at_least=2)
+        recorder = self._pass(by_batch=True)
+        self.by_batch, part.padding = recorder.seen, recorder.padding
+        part.largest, part.rectified, part.not_finite = (
+            recorder.largest,
+            recorder.rectified,
+            recorder.not_finite,
+        )
+        part.by_batch = without_images(recorder.seen, calls=2, at_least=2)
         found.restore()
         own = {name: population(calls) for name, calls in part.by_batch.statistics.items()}
         part.process = processes.Process.of(self.network, layers, own)
-        watch = self._pass(by_batch=False)
-        part.by_running = without_images(watch.seen, calls=1, batches=shuffled(self.subject.contents))
-        part.of_running = Differences.of(watch.seen, self.by_batch)
-        part.in_training_mode = watch.in_training_mode - {n for n, one in layers.items() if one.frozen}
-        part.not_finite = watch.not_finite or part.not_finite
+        recorder = self._pass(by_batch=False)
+        part.by_running = without_images(recorder.seen, calls=1, batches=shuffled(self.subject.contents))
+        part.of_running = Differences.of(recorder.seen, self.by_batch)
+        part.in_training_mode = recorder.in_training_mode - {n for n, one in layers.items() if one.frozen}
+        part.not_finite = recorder.not_finite or part.not_finite
         return part
 
     def _merge(self, parts: list[Observed]) -> Observed:
@@ -131,33 +135,33 @@ class _Observer:
         seen.recalibrated, seen.of_recalibrated = again.recalibrated, again.of_recalibrated
         seen.mates, seen.steps, seen.failure = again.mates, again.steps, again.failure
 
-    def _pass(self, *, by_batch: bool) -> Watch:
-        watch = Watch(self.network, self.layers, by_batch=by_batch)
-        with watch.on():
+    def _pass(self, *, by_batch: bool) -> PassRecorder:
+        recorder = PassRecorder(self.network, self.layers, by_batch=by_batch)
+        with recorder.on():
             for number, batch in enumerate(self.subject.batches):
-                watch.begin(self.subject.numbers[number])
+                recorder.begin(self.subject.numbers[number])
                 before = {name: layer.statistics for name, layer in self.layers.items()}
                 try:
                     with evaluating(self.network):
                         output = self._call(batch, number)
                 except Exception as error:
-                    self._fail(error, watch.inside[-1] if watch.inside else None, number)
+                    self._fail(error, recorder.inside[-1] if recorder.inside else None, number)
                     break
                 finally:
                     if not by_batch:
                         self._note_moves(before)
-                watch.seen.outputs.append(kept(output))
-                self._score(watch, output, batch, number)
+                recorder.seen.outputs.append(kept(output))
+                self._score(recorder, output, batch, number)
                 self.on_steps(1)
-        return watch
+        return recorder
 
     def _call(self, batch: Any, number: int) -> Any:
         return call(self.network, batch, self.subject.forward, "diagnose", f"batch {number + 1}")
 
-    def _score(self, watch: Watch, output: Any, batch: Any, number: int) -> None:
+    def _score(self, recorder: PassRecorder, output: Any, batch: Any, number: int) -> None:
         device = next((tensor.device for tensor in self.network.parameters()), None)
         try:
-            watch.seen.scores.append(score(output, to_device(batch, device), self.subject.loss))
+            recorder.seen.scores.append(score(output, to_device(batch, device), self.subject.loss))
         except Exception as error:
             self._fail(error, None, number, "the loss")
 
@@ -226,12 +230,12 @@ class _Observer:
         for name, module in self.network.named_modules():
             # torch's SyncBatchNorm trains on GPUs alone.
             module.train(name not in frozen and not isinstance(module, nn.SyncBatchNorm))
-        watch = Watch(self.network, {}, by_batch=False)
+        recorder = PassRecorder(self.network, {}, by_batch=False)
         for number in range(_STEPS):
             batch = batches[number % len(batches)]
             try:
-                with watch.stack(), uncompiled():
-                    watch.begin(number)
+                with recorder.stack(), uncompiled():
+                    recorder.begin(number)
                     steps.step(
                         seen,
                         self.network,
@@ -241,7 +245,7 @@ class _Observer:
                     )
             except Exception as error:
                 if not _one_value(error):
-                    inside = watch.inside[-1] if watch.inside else None
+                    inside = recorder.inside[-1] if recorder.inside else None
                     self._fail(error, inside, number % len(batches), "a training step")
                 break
             self.on_steps(1)
