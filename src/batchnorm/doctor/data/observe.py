@@ -87,11 +87,8 @@ class _Observer:
         part, layers = self.part, self.layers
         recorder = self._pass(by_batch=True)
         self.by_batch, part.padding = recorder.seen, recorder.padding
-        part.largest, part.rectified, part.not_finite = (
-            recorder.largest,
-            recorder.rectified,
-            recorder.not_finite,
-        )
+        part.largest, part.rectified = recorder.largest, recorder.rectified
+        part.not_finite = recorder.not_finite
         part.by_batch = without_images(recorder.seen, calls=2, at_least=2)
         found.restore()
         own = {name: population(calls) for name, calls in part.by_batch.statistics.items()}
