@@ -44,14 +44,7 @@ def doctor(
             if world.rank == 0:
                 check_writable("--html", html)
         net, loader = load_model_and_data(
-            world,
-            model,
-            weights,
-            data,
-            data_dir=data_dir,
-            batch_size=batch_size,
-            standardize=standardize,
-            max_batches=max_batches,
+            world, model, weights, data, data_dir, batch_size, standardize, max_batches
         )
         try:
             report = diagnose(

@@ -53,14 +53,7 @@ def recalibrate(
         with world.together():
             check_new_file("--output", output, references.WEIGHT_FILES)
         net, loader = load_model_and_data(
-            world,
-            model,
-            weights,
-            data,
-            data_dir=data_dir,
-            batch_size=batch_size,
-            standardize=standardize,
-            max_batches=max_batches,
+            world, model, weights, data, data_dir, batch_size, standardize, max_batches
         )
         before = {name: buffer.clone() for name, buffer in net.named_buffers()}
         run_recalibrate(
@@ -106,15 +99,28 @@ def fold(
 
 
 def load_model_and_data(
-    world: World, model: str, weights: Path | None, data: str | None, **options: Any
+    world: World,
+    model: str,
+    weights: Path | None,
+    data: str | None,
+    data_dir: str | None,
+    batch_size: int,
+    standardize: bool,
+    max_batches: int | None,
 ) -> tuple[nn.Module, Any]:
-    """The model, in every process as in rank 0, and the loader of this process's part of the data, if any.
-
-    `options` are those of `references.make_loader`.
-    """
+    """The model, in every process as in rank 0, and the loader of this process's part of the data, if any."""
     with world.together():
         net = load_model(model, weights)
-        loader = None if data is None else references.make_loader(data, world=world, **options)
+        loader = None
+        if data is not None:
+            loader = references.make_loader(
+                data,
+                data_dir=data_dir,
+                batch_size=batch_size,
+                standardize=standardize,
+                max_batches=max_batches,
+                world=world,
+            )
     if not world.alone:
         as_on_rank_0(net)
     return net, loader
