@@ -312,7 +312,7 @@ def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("moment", ["made", "checkpoint", "1", "3"])
+@pytest.mark.parametrize("moment", ["made", "checkpoint", "3"])
 def test_a_killed_run_resumes_to_the_bit(
     moment: str, uninterrupted: list[dict[str, Any]], tmp_path: Path
 ) -> None:
