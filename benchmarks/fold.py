@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.lab.bench import OURS, TORCH
 from batchnorm.lab.bench_nets import TAILS, ResNet18
 from batchnorm.lab.bench_probes import Contender, gc_paused
+from batchnorm.lab.bench_results import OURS, TORCH
 from batchnorm.lab.machine import machine_line
 from batchnorm.lab.nets import LeNet
 from batchnorm.model import fold

@@ -22,7 +22,7 @@ from rich.console import Console
 from batchnorm.files import write_atomically
 from batchnorm.kernels.cuda.thresholds import KINDS, as_python
 from batchnorm.lab import crossover, gpu_targets, tile_sizes
-from batchnorm.lab.bench import GPU_SHAPES
+from batchnorm.lab.bench_cases import GPU_SHAPES
 from batchnorm.lab.machine import machine_line, versions
 
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from batchnorm.lab.data import Dataset
+from batchnorm.lab.evaluate import test_accuracy
 from batchnorm.lab.machine import machine_line
 from batchnorm.lab.recipes import configure
-from batchnorm.lab.train import Training, load_dataset, test_accuracy
+from batchnorm.lab.train import Training, load_dataset
 from batchnorm.model import recalibrate
 
 SAMPLES = 10_000

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -299,9 +300,15 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, An
     return metrics(folder)
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+@contextmanager
+def started(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A long run in a process of its own, which is not left behind where the test fails."""
     command = [sys.executable, "-m", "batchnorm", "train", *LONG, "--output", str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
@@ -312,7 +319,7 @@ def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("moment", ["made", "checkpoint", "1", "3"])
+@pytest.mark.parametrize("moment", ["made", "checkpoint", "3"])
 def test_a_killed_run_resumes_to_the_bit(
     moment: str, uninterrupted: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -326,11 +333,10 @@ def test_a_killed_run_resumes_to_the_bit(
             return (folder / "checkpoint.pt").exists()
         return (folder / "metrics.jsonl").exists() and len(metrics(folder)) >= int(moment)
 
-    process = start(folder)
-    wait_for(reached, process)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.communicate()
+    with started(folder) as process:
+        wait_for(reached, process)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
     assert run(["train", *LONG, "--resume", "--output", str(folder)]) == 0
     assert metrics(folder) == uninterrupted
     assert not list(folder.glob(".*"))
@@ -338,10 +344,10 @@ def test_a_killed_run_resumes_to_the_bit(
 
 def test_ctrl_c_leaves_a_checkpoint_that_resumes(uninterrupted: list[dict[str, Any]], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = start(folder)
-    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) >= 1, process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    with started(folder) as process:
+        wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) >= 1, process)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert f"go on with: batchnorm train --resume --output {folder}" in errors

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from batchnorm import batch_norm, functional
 from batchnorm.kernels import cpu, native, reference
+from tests.activations import ACTIVATIONS
 
 # Largest error as a share of the largest value of the oracle, which is given the same rounded inputs in
 # float64. float64: the order of sums. float32: some roundings of 6e-8, which the division by a small std
@@ -309,22 +310,6 @@ def test_a_series_keeps_no_graph_alive():
 
 
 # Activation and residual.
-
-# torch.nn's modules, so that a wrong entry in the table shows.
-ACTIVATIONS = {
-    "relu": nn.ReLU(),
-    "relu6": nn.ReLU6(),
-    "leaky_relu": nn.LeakyReLU(),
-    "elu": nn.ELU(),
-    "gelu": nn.GELU(),
-    "silu": nn.SiLU(),
-    "mish": nn.Mish(),
-    "hardswish": nn.Hardswish(),
-    "sigmoid": nn.Sigmoid(),
-    "hardsigmoid": nn.Hardsigmoid(),
-    "tanh": nn.Tanh(),
-    "softplus": nn.Softplus(),
-}
 
 
 @pytest.mark.parametrize("name", ["plain", "eval", "all"])

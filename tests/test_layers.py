@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import batchnorm as bn
+from tests.activations import ACTIVATIONS
 
 # Tolerance of a comparison with torch.nn, as (rtol, atol), by the dtype that is compared.
 SAME = (0.0, 0.0)  # torch's own operator on the same input: not a bit may differ
@@ -508,21 +509,6 @@ def test_repr_is_torch_nns_and_adds_what_was_changed(rank: str) -> None:
 
 # ---------------------------------------------------------------------------- options
 
-ACTIVATION_MODULES = {
-    "relu": nn.ReLU(),
-    "relu6": nn.ReLU6(),
-    "leaky_relu": nn.LeakyReLU(),
-    "elu": nn.ELU(),
-    "gelu": nn.GELU(),
-    "silu": nn.SiLU(),
-    "mish": nn.Mish(),
-    "hardswish": nn.Hardswish(),
-    "sigmoid": nn.Sigmoid(),
-    "hardsigmoid": nn.Hardsigmoid(),
-    "tanh": nn.Tanh(),
-    "softplus": nn.Softplus(),
-}
-
 
 class Composed(nn.Module):
     """torch.nn's layer, then the residual, then the activation."""
@@ -543,12 +529,12 @@ def unprefixed(results: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("activation", [None, *ACTIVATION_MODULES])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_activation_and_residual_equal_modules(
     activation: str | None, with_residual: bool, training: bool
 ) -> None:
     theirs, ours = twins("2d", theirs={}, activation=activation)
-    composed = Composed(theirs, ACTIVATION_MODULES.get(activation)).train(training)
+    composed = Composed(theirs, ACTIVATIONS.get(activation)).train(training)
     ours.train(training)
     x = batch((4, C, 5, 2)).to(memory_format=torch.channels_last)
     residuals = [batch((4, C, 5, 2), seed=5).requires_grad_() for _ in range(2)]
@@ -807,7 +793,7 @@ def test_without_skip_nonfinite_one_batch_poisons_for_ever_as_in_torch() -> None
 @pytest.mark.parametrize("size", [(8, C), (1, C)], ids=str)
 def test_eval_mode_with_an_option_is_plain_eval_mode(options: dict[str, Any], size: tuple[int, ...]) -> None:
     theirs, ours = twins("1d", theirs={}, **options)
-    activation = ACTIVATION_MODULES.get(options.get("activation"), nn.Identity())
+    activation = ACTIVATIONS.get(options.get("activation"), nn.Identity())
     x = batch(size)
     assert_close(ours.eval()(x), activation(theirs.eval()(x)), rtol=0, atol=0)
     # A mask is of the statistics only, which are not taken here.
@@ -821,7 +807,7 @@ def test_eval_mode_with_an_option_is_plain_eval_mode(options: dict[str, Any], si
 )
 def test_eval_mode_without_statistics_is_by_the_whole_batch(options: dict[str, Any]) -> None:
     theirs, ours = twins("1d", theirs={"track_running_stats": False}, track_running_stats=False, **options)
-    activation = ACTIVATION_MODULES.get(options.get("activation"), nn.Identity())
+    activation = ACTIVATIONS.get(options.get("activation"), nn.Identity())
     x = batch((8, C))
     assert_close(ours.eval()(x), activation(theirs.eval()(x)))
 

@@ -35,7 +35,9 @@ def test_one_value_per_channel_is_still_an_error() -> None:
         bn.BatchNorm1d(C, sync=True)(torch.randn(1, C))
 
 
-@pytest.mark.parametrize("value", [None, 1, "gloo", object(), [0, 1]], ids=str)
+@pytest.mark.parametrize(
+    "value", [None, 1, "gloo", object(), [0, 1]], ids=["None", "1", "gloo", "object", "list"]
+)
 def test_what_is_no_group_is_an_error_that_changes_nothing(value: Any) -> None:
     with pytest.raises(TypeError, match=r"sync=.* expected True .*process group"):
         bn.BatchNorm1d(C, sync=value)

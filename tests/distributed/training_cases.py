@@ -10,9 +10,10 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.lab.data import Dataset, load
+from batchnorm.lab.evaluate import test_accuracy
 from batchnorm.lab.processes import ALONE, FailedElsewhere, ProcessError, World, as_on_rank_0, parallel
 from batchnorm.lab.recipes import Config, configure
-from batchnorm.lab.train import Training, test_accuracy
+from batchnorm.lab.train import Training
 from tests.distributed.cases import assert_near, case
 
 

@@ -19,8 +19,8 @@ import batchnorm as bn
 from batchnorm.kernels import choose, cpu, native, reference
 from batchnorm.kernels.autograd import FUSED
 from batchnorm.kernels.cpu import machine_code, team
+from tests.kernels.definition import EPS, by_definition
 
-EPS = 1e-5
 # Largest error as a share of the largest value, by dtype: some roundings of 6e-8 and 1e-16.
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13}
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -56,25 +56,6 @@ def inputs(shape, dtype=torch.float32, last=False, channel_dim=1, affine=True, o
     weight = torch.randn(channels, dtype=dtype) if affine else None
     bias = torch.randn(channels, dtype=dtype) if affine else None
     return x, weight, bias, residual, grad
-
-
-def by_definition(x, weight, bias, residual, grad, activation=None, channel_dim=1, running=None):
-    """Output, moments and gradients in float64, by torch.var_mean and autograd."""
-    leaves = [
-        None if t is None else t.detach().double().requires_grad_() for t in (x, weight, bias, residual)
-    ]
-    x, weight, bias, residual = leaves
-    view = [-1 if dim == channel_dim % x.ndim else 1 for dim in range(x.ndim)]
-    dims = [dim for dim in range(x.ndim) if dim != channel_dim % x.ndim]
-    if running is None:
-        var, mean = torch.var_mean(x, dims, correction=0)
-    else:
-        mean, var = (t.double() for t in running)
-    z = (x - mean.view(view)) * torch.rsqrt(var.view(view) + EPS)
-    z = z if weight is None else z * weight.view(view) + bias.view(view)
-    y = reference.finish(z, activation, residual)
-    y.backward(grad.double())
-    return [y.detach(), mean.detach(), var.detach(), *[None if t is None else t.grad for t in leaves]]
 
 
 def by_kernel(x, weight, bias, residual, grad, activation=None, channel_dim=1, running=None):

@@ -23,6 +23,7 @@ from batchnorm.kernels.cuda import plan as planning
 from batchnorm.kernels.cuda import thresholds
 from batchnorm.lab.bench_probes import held_bytes
 from batchnorm.recipes import Recording
+from tests.kernels.definition import EPS, by_definition
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
@@ -30,7 +31,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's: NumPy about inf and NaN
 ]
 
-EPS = 1e-5
 # Largest error as a share of the largest value: some roundings.
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -68,24 +68,6 @@ def inputs(shape, dtype=torch.float32, last=False, channel_dim=1, affine=True, o
     wide = parameters or (torch.float64 if dtype == torch.float64 else torch.float32)
     weight, bias = (torch.randn(channels).to(wide) if affine else None for _ in range(2))
     return x, weight, bias, residual, grad
-
-
-def by_definition(x, weight, bias, residual, grad, activation=None, channel_dim=1, running=None):
-    """Output, moments and gradients in float64, by torch.var_mean and autograd."""
-    leaves = [
-        None if t is None else t.detach().double().requires_grad_() for t in (x, weight, bias, residual)
-    ]
-    x, weight, bias, residual = leaves
-    view = [-1 if dim == channel_dim else 1 for dim in range(x.ndim)]
-    if running is None:
-        var, mean = torch.var_mean(x, [dim for dim in range(x.ndim) if dim != channel_dim], correction=0)
-    else:
-        mean, var = (t.double() for t in running)
-    z = (x - mean.view(view)) * torch.rsqrt(var.view(view) + EPS)
-    z = z if weight is None else z * weight.view(view) + bias.view(view)
-    y = reference.finish(z, activation, residual)
-    y.backward(grad.double())
-    return [y.detach(), mean.detach(), var.detach(), *[None if t is None else t.grad for t in leaves]]
 
 
 def by_kernel(x, weight, bias, residual, grad, activation=None, channel_dim=1, running=None):

@@ -15,10 +15,11 @@ from rich.console import Console
 from torch import nn
 
 import batchnorm
-from batchnorm.lab import bench, figures, tables
-from batchnorm.lab.bench import CASES, COMPILED, FLOOR, OURS, SHAPES, TORCH, Result, Summary
+from batchnorm.lab import bench, bench_cases, bench_results, figures, tables
+from batchnorm.lab.bench_cases import CASES, DTYPES, GPU_SHAPES, SHAPES, Case
 from batchnorm.lab.bench_nets import MEMORY_EFFICIENT, NO_NORM, TAILS, ResNet18, measure_nets
 from batchnorm.lab.bench_probes import Contender, Timing, gc_paused, held_bytes, take_turns
+from batchnorm.lab.bench_results import COMPILED, FLOOR, OURS, TORCH, TORCH_OTHER_LAYOUT, Result, Summary
 
 NO_TIME = 1e-9  # the least number of rounds
 SMALL = [(4, 6), (3, 4, 5), (2, 3, 4, 5), (2, 3, 2, 4, 5)]
@@ -32,14 +33,14 @@ def made_up(case: str, shape: tuple[int, ...], **ms: float) -> Result:
 
 
 def test_default_shapes_are_those_of_the_nets_each_once() -> None:
-    shapes = bench.parse_shapes(",".join(SHAPES))
+    shapes = bench_cases.parse_shapes(",".join(SHAPES))
     assert len(shapes) == len(set(shapes)) == 24 + 16 + 2 + 1 + 1
     assert {(32, 256, 56, 56), (8, 2048, 7, 7), (1024, 84), (32, 64, 1000), (16, 16, 8, 8)} <= set(shapes)
 
 
 def test_groups_and_shapes_by_hand() -> None:
-    assert bench.parse_shapes(" 2x3x4x5, tiny,16x16x8x8 ,7x9") == [(2, 3, 4, 5), (16, 16, 8, 8), (7, 9)]
-    assert bench.shape_name((2, 3, 4, 5)) == "2x3x4x5"
+    assert bench_cases.parse_shapes(" 2x3x4x5, tiny,16x16x8x8 ,7x9") == [(2, 3, 4, 5), (16, 16, 8, 8), (7, 9)]
+    assert bench_cases.shape_name((2, 3, 4, 5)) == "2x3x4x5"
 
 
 @pytest.mark.parametrize(
@@ -60,25 +61,25 @@ def test_groups_and_shapes_by_hand() -> None:
 )
 def test_bad_shapes(given: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        bench.parse_shapes(given)
+        bench_cases.parse_shapes(given)
 
 
 def test_cases_by_name_and_the_shapes_they_fit() -> None:
-    cases = bench.parse_cases("forward, forward+backward channels_last,forward")
+    cases = bench_cases.parse_cases("forward, forward+backward channels_last,forward")
     assert [case.name for case in cases] == ["forward", "forward+backward channels_last"]
-    fitting = [(case.name, shape) for case, shape in bench.pairs(cases, SMALL)]
+    fitting = [(case.name, shape) for case, shape in bench_cases.pairs(cases, SMALL)]
     assert fitting == [("forward", shape) for shape in SMALL] + [
         ("forward+backward channels_last", shape) for shape in SMALL[2:]
     ]
     with pytest.raises(ValueError, match="unknown case 'backward': expected one of forward, forward"):
-        bench.parse_cases("backward")
+        bench_cases.parse_cases("backward")
     with pytest.raises(ValueError, match="channels_last needs a 4D or 5D shape"):
-        bench.pairs(cases[1:], SMALL[:2])
+        bench_cases.pairs(cases[1:], SMALL[:2])
 
 
-@pytest.mark.parametrize("shape", SMALL, ids=bench.shape_name)
+@pytest.mark.parametrize("shape", SMALL, ids=bench_cases.shape_name)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_both_sides_compute_the_same(case: bench.Case, shape: tuple[int, ...]) -> None:
+def test_both_sides_compute_the_same(case: Case, shape: tuple[int, ...]) -> None:
     if not case.fits(shape):
         return
     inputs, gradient = bench.data(case, shape)
@@ -92,9 +93,9 @@ def test_both_sides_compute_the_same(case: bench.Case, shape: tuple[int, ...]) -
     assert (theirs.min() == 0) == (case.activation == "relu")
 
 
-@pytest.mark.parametrize("shape", SMALL, ids=bench.shape_name)
+@pytest.mark.parametrize("shape", SMALL, ids=bench_cases.shape_name)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_times_all_in_turn_and_counts_what_torch_saves(case: bench.Case, shape: tuple[int, ...]) -> None:
+def test_times_all_in_turn_and_counts_what_torch_saves(case: Case, shape: tuple[int, ...]) -> None:
     if not case.fits(shape):
         return
     result = bench.measure(case, shape, NO_TIME)
@@ -227,25 +228,25 @@ def test_summaries() -> None:
         made_up("forward+backward", larger, torch=40, ours=40, floor=5),
         made_up("forward", small, torch=30, ours=10, floor=1),
     ]
-    summaries = bench.speedups(results)
+    summaries = bench_results.speedups(results)
     assert summaries["forward"] == Summary(None, 0, 3.0, small)
     overall = summaries["forward+backward"]
     assert overall.mean == pytest.approx((2 * 8 * 1) ** (1 / 3))
     assert replace(overall, mean=None) == Summary(None, 3, 0.9, small)
-    floor = bench.over_floor(results)
+    floor = bench_results.over_floor(results)
     assert floor is not None
     assert floor.mean == pytest.approx((2 * 8) ** 0.5)
     assert replace(floor, mean=None) == Summary(None, 2, 8.0, larger)
-    assert bench.over_floor(results[:2]) is None
+    assert bench_results.over_floor(results[:2]) is None
     assert results[0].saved_ratio == 0.25
 
 
 def test_bench_tells_its_steps_and_the_report_is_json() -> None:
     steps: list[int] = []
-    pairs = bench.pairs(list(CASES.values()), SMALL[1:3])
+    pairs = bench_cases.pairs(list(CASES.values()), SMALL[1:3])
     results = bench.bench(pairs, NO_TIME, on_steps=steps.append)
     assert steps == [1] * len(pairs) == [1] * (2 * 4 + 2)
-    report = json.loads(json.dumps(bench.report(results, NO_TIME)))
+    report = json.loads(json.dumps(bench_results.report(results, NO_TIME)))
     assert [row["case"] for row in report["results"]] == [case.name for case, _ in pairs]
     row = report["results"][-1]
     assert (row["shape"], row["layout"]) == ([2, 3, 4, 5], "channels_last")
@@ -298,13 +299,13 @@ def test_the_resnet_is_resnet_18_whichever_layers_it_has() -> None:
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", bench.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_tensors_of_other_dtypes_and_float32_layers(dtype: str) -> None:
     case = CASES["forward+backward residual relu"]
     result = bench.measure(case, (2, 3, 4, 5), NO_TIME, dtype=dtype)
-    inputs, gradient = bench.data(case, (2, 3, 4, 5), dtype=bench.DTYPES[dtype])
+    inputs, gradient = bench.data(case, (2, 3, 4, 5), dtype=DTYPES[dtype])
     assert gradient is not None
-    assert {tensor.dtype for tensor in [*inputs, gradient]} == {bench.DTYPES[dtype]}
+    assert {tensor.dtype for tensor in [*inputs, gradient]} == {DTYPES[dtype]}
     assert {p.dtype for layer in bench.layers(case, (2, 3)) for p in layer.parameters()} == {torch.float32}
     assert (result.dtype, result.device) == (dtype, "cpu")
 
@@ -321,7 +322,7 @@ def test_bandwidth_counts_each_tensor_once_per_pass() -> None:
 
 def test_tables_of_a_gpu_say_what_share_of_a_copy() -> None:
     result = made_up("forward+backward", (1000, 1000), torch=20, ours=8, floor=6, compiled=12)
-    result.timings[bench.TORCH_OTHER_LAYOUT] = Timing(25.0, 1.0, 7)
+    result.timings[TORCH_OTHER_LAYOUT] = Timing(25.0, 1.0, 7)
     result = replace(result, device="cuda", dtype="bfloat16")
     console = Console(width=200, file=io.StringIO())
     with console.capture() as captured:
@@ -335,8 +336,8 @@ def test_tables_of_a_gpu_say_what_share_of_a_copy() -> None:
 
 
 def test_a_gpus_shapes_are_resnet50s_at_batch_128() -> None:
-    assert {shape[0] for shape in bench.GPU_SHAPES["resnet50"]} == {128}
-    assert len(bench.GPU_SHAPES["resnet50"]) == 12
+    assert {shape[0] for shape in GPU_SHAPES["resnet50"]} == {128}
+    assert len(GPU_SHAPES["resnet50"]) == 12
 
 
 def test_the_clock_is_any_function() -> None:
@@ -353,11 +354,11 @@ def test_the_clock_is_any_function() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("dtype", bench.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_on_a_gpu(dtype: str) -> None:
     case = CASES["forward+backward relu channels_last"]
     result = bench.measure(case, (32, 64, 56, 56), 0.1, device="cuda", dtype=dtype)
-    assert set(result.timings) == {TORCH, bench.TORCH_OTHER_LAYOUT, OURS, FLOOR}
+    assert set(result.timings) == {TORCH, TORCH_OTHER_LAYOUT, OURS, FLOOR}
     assert all(timing.ms > 0 for timing in result.timings.values())
     assert 0 < result.bandwidth < 2 * result.copy_bandwidth
     assert result.saved_ratio < 0.6

@@ -5,7 +5,7 @@ import torch
 
 from batchnorm.kernels.cuda import thresholds
 from batchnorm.kernels.cuda.thresholds import KINDS, Kind
-from batchnorm.lab.bench import Shape
+from batchnorm.lab.bench_cases import Shape
 from batchnorm.lab.bench_probes import Contender
 from batchnorm.lab.crossover import SIZES, WallClock, cases, crossovers, gpu_race, least_from, race
 

@@ -18,9 +18,10 @@ from rich.console import Console
 from batchnorm.kernels.cuda.thresholds import Kind
 from batchnorm.lab import bench as benchmark
 from batchnorm.lab import gpu_targets
-from batchnorm.lab.bench import CASES, COMPILED, FLOOR, OURS, TORCH, Case, Result, Shape
+from batchnorm.lab.bench_cases import CASES, Case, Shape
 from batchnorm.lab.bench_nets import MEMORY_EFFICIENT
 from batchnorm.lab.bench_probes import Timing
+from batchnorm.lab.bench_results import COMPILED, FLOOR, OURS, TORCH, Result
 from batchnorm.lab.data import Dataset
 from batchnorm.lab.gpu_targets import Line, Measurements, OnDevice
 from batchnorm.lab.peak_memory import Setup

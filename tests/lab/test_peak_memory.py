@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import batchnorm as bn
-from batchnorm.lab.bench import OURS, TORCH
 from batchnorm.lab.bench_nets import MEMORY_EFFICIENT
+from batchnorm.lab.bench_results import OURS, TORCH
 from batchnorm.lab.peak_memory import NETS, Setup, Step, peak_of_device, saved_for_backward, step_memory
 from batchnorm.lab.resnet50 import ResNet50
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from batchnorm.lab import bench, tables
-from batchnorm.lab.bench import CASES, FLOOR, OURS, TORCH
+from batchnorm.lab.bench_cases import CASES
+from batchnorm.lab.bench_results import FLOOR, OURS, TORCH, Result
 from batchnorm.lab.peers import PEERS
 
 NO_TIME = 1e-9
@@ -81,7 +82,7 @@ class InPlace(nn.BatchNorm2d):
         return x.copy_(super().forward(x.clone()))
 
 
-def measured(case: str, dtype: str = "float32") -> bench.Result:
+def measured(case: str, dtype: str = "float32") -> Result:
     return bench.measure(CASES[case], SHAPE, NO_TIME, dtype=dtype, peers=PEERS)
 
 

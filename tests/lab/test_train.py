@@ -9,9 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from batchnorm.lab.data import Dataset, load
+from batchnorm.lab.evaluate import test_accuracy, test_accuracy_by_batch
 from batchnorm.lab.nets import NORMS
 from batchnorm.lab.recipes import Config, configure
-from batchnorm.lab.train import Training, load_dataset, test_accuracy, test_accuracy_by_batch
+from batchnorm.lab.train import Training, load_dataset
 
 test_accuracy.__test__ = test_accuracy_by_batch.__test__ = False  # measurements, not tests
 

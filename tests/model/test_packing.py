@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.doctor.data.noise import take
-from batchnorm.doctor.data.watch import Pass
+from batchnorm.doctor.data.recorder import Pass
 from batchnorm.doctor.finding import Finding
 from batchnorm.model.packing import comes_back, packed, unpacked
 

@@ -570,7 +570,11 @@ class TestFailures:
             r"BatchNorm1d '1' failed on batch 1.*expected 3 channels",
         )
 
-    @pytest.mark.parametrize("batch", [3, None, (), {"y": images()}, [["text"]]], ids=str)
+    @pytest.mark.parametrize(
+        "batch",
+        [3, None, (), {"y": images()}, [["text"]]],
+        ids=["number", "None", "nothing", "keyword", "text"],
+    )
     def test_what_the_model_cannot_take(self, model: nn.Module, batch: Any) -> None:
         self.fails(model, [batch], (TypeError, ValueError), "(?s)failed on batch 1.*forward=lambda")
 

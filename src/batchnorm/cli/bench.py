@@ -12,8 +12,8 @@ import typer
 from batchnorm.cli.app import app, check_writable, names, out, progress_bar
 from batchnorm.files import write_atomically
 from batchnorm.lab import bench as benchmark
-from batchnorm.lab import figures, tables
-from batchnorm.lab.bench import CASES, SHAPES
+from batchnorm.lab import bench_cases, bench_results, figures, tables
+from batchnorm.lab.bench_cases import CASES, DTYPES, SHAPES, parse_cases, parse_shapes
 from batchnorm.lab.bench_nets import measure_nets
 from batchnorm.lab.recipes import MOST_THREADS, resolve_device
 
@@ -31,7 +31,7 @@ def bench(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help=f"Of the tensors: {names(benchmark.DTYPES)}.")] = "float32",
+    dtype: Annotated[str, typer.Option(help=f"Of the tensors: {names(DTYPES)}.")] = "float32",
     cases: Annotated[str, typer.Option(help=f"Comma-separated, of {names(CASES)}.")] = ",".join(CASES),
     seconds: Annotated[float, typer.Option(help="Time for each shape and case.")] = 1.0,
     threads: Annotated[int | None, typer.Option(help="CPU threads.  [default: torch's]")] = None,
@@ -47,14 +47,14 @@ def bench(
 ) -> None:
     """Time the layers beside torch.nn's and a plain copy, in turn, and count what they save for backward."""
     device = _bench_device(device)
-    if dtype not in benchmark.DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}: expected one of {names(benchmark.DTYPES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: expected one of {names(DTYPES)}")
     on_cpu = device == "cpu"
     if nets is None:
         nets = on_cpu
     if shapes is None:
         shapes = ",".join(SHAPES) if on_cpu else "resnet50"
-    pairs = benchmark.pairs(benchmark.parse_cases(cases), benchmark.parse_shapes(shapes, device))
+    pairs = bench_cases.pairs(parse_cases(cases), parse_shapes(shapes, device))
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds {seconds} must be above 0 and finite")
     check_writable("--json", json_file)
@@ -72,7 +72,7 @@ def bench(
         on_steps(nets)
     out.print(*tables.bench(results, measured_nets), sep="\n")
     if json_file is not None:
-        report = benchmark.report(results, seconds)
+        report = bench_results.report(results, seconds)
         report["nets"] = None if measured_nets is None else measured_nets.as_dict()
         write_atomically(json_file, (json.dumps(report, indent=2) + "\n").encode())
     if plot is not None:

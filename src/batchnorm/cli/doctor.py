@@ -9,11 +9,10 @@ import torch
 import typer
 
 from batchnorm.cli.app import DataDir, app, check_writable, names, out
-from batchnorm.cli.models import DATA_HELP, ModelReference, Standardize, Weights, load_model
+from batchnorm.cli.models import DATA_HELP, ModelReference, Standardize, Weights, load_model_and_data
 from batchnorm.doctor.diagnose import diagnose
 from batchnorm.doctor.finding import SEVERITIES
-from batchnorm.lab import references
-from batchnorm.lab.processes import as_on_rank_0, joined
+from batchnorm.lab.processes import joined
 
 FOUND = 1
 
@@ -44,19 +43,9 @@ def doctor(
         with world.together():
             if world.rank == 0:
                 check_writable("--html", html)
-            net = load_model(model, weights)
-            loader = None
-            if data is not None:
-                loader = references.make_loader(
-                    data,
-                    data_dir=data_dir,
-                    batch_size=batch_size,
-                    standardize=standardize,
-                    max_batches=max_batches,
-                    world=world,
-                )
-        if not world.alone:
-            as_on_rank_0(net)
+        net, loader = load_model_and_data(
+            world, model, weights, data, data_dir, batch_size, standardize, max_batches
+        )
         try:
             report = diagnose(
                 net,

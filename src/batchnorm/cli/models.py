@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -14,7 +14,7 @@ from batchnorm.files import check_new_file, write_new_file
 from batchnorm.lab import references, tables
 from batchnorm.lab.data import DATASETS
 from batchnorm.lab.deploy import WRITERS
-from batchnorm.lab.processes import as_on_rank_0, joined
+from batchnorm.lab.processes import World, as_on_rank_0, joined
 from batchnorm.model import fold as run_fold
 from batchnorm.model import recalibrate as run_recalibrate
 
@@ -52,17 +52,9 @@ def recalibrate(
     with joined() as world, world.together():
         with world.together():
             check_new_file("--output", output, references.WEIGHT_FILES)
-            net = load_model(model, weights)
-            loader = references.make_loader(
-                data,
-                data_dir=data_dir,
-                batch_size=batch_size,
-                standardize=standardize,
-                max_batches=max_batches,
-                world=world,
-            )
-        if not world.alone:
-            as_on_rank_0(net)
+        net, loader = load_model_and_data(
+            world, model, weights, data, data_dir, batch_size, standardize, max_batches
+        )
         before = {name: buffer.clone() for name, buffer in net.named_buffers()}
         run_recalibrate(
             net,
@@ -104,6 +96,34 @@ def fold(
     out.print(str(folded.fold_report))
     write_new_file(output, WRITERS[output.suffix](folded, batch))
     out.print(f"folded model in {output}")
+
+
+def load_model_and_data(
+    world: World,
+    model: str,
+    weights: Path | None,
+    data: str | None,
+    data_dir: str | None,
+    batch_size: int,
+    standardize: bool,
+    max_batches: int | None,
+) -> tuple[nn.Module, Any]:
+    """The model, in every process as in rank 0, and the loader of this process's part of the data, if any."""
+    with world.together():
+        net = load_model(model, weights)
+        loader = None
+        if data is not None:
+            loader = references.make_loader(
+                data,
+                data_dir=data_dir,
+                batch_size=batch_size,
+                standardize=standardize,
+                max_batches=max_batches,
+                world=world,
+            )
+    if not world.alone:
+        as_on_rank_0(net)
+    return net, loader
 
 
 def load_model(reference: str, weights: Path | None) -> nn.Module:

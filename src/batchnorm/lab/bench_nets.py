@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import batchnorm
-from batchnorm.lab.bench import OURS, TORCH, Shape
+from batchnorm.lab.bench_cases import Shape
 from batchnorm.lab.bench_probes import Contender, Timing, held_bytes, take_turns
+from batchnorm.lab.bench_results import OURS, TORCH
 
 MEMORY_EFFICIENT, NO_NORM = "batchnorm, memory-efficient", "without batch norm"
 

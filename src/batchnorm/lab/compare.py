@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from batchnorm.lab.data import Dataset
+from batchnorm.lab.evaluate import test_accuracy_by_batch
 from batchnorm.lab.machine import machine, versions
 from batchnorm.lab.memory import MemoryGrowth, memory_growth
 from batchnorm.lab.recipes import Config
-from batchnorm.lab.train import Training, test_accuracy_by_batch
+from batchnorm.lab.train import Training
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.kernels.cuda.thresholds import KINDS, Kind, everywhere
-from batchnorm.lab.bench import OURS, TORCH, Case, Shape, data, layers
+from batchnorm.lab.bench import data, layers
+from batchnorm.lab.bench_cases import Case, Shape
 from batchnorm.lab.bench_probes import Contender, DeviceClock, take_turns
+from batchnorm.lab.bench_results import OURS, TORCH
 
 # How much more of torch's time is borne, channels that are tried, and how many values.
 LOSS, CHANNELS = 1.02, (64, 512)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 if TYPE_CHECKING:
-    from batchnorm.lab.bench import Result
+    from batchnorm.lab.bench_results import Result
     from batchnorm.lab.compare import Comparison
     from batchnorm.lab.recipes import Config
     from batchnorm.lab.train import EpochResult

@@ -14,8 +14,9 @@ from rich.table import Table
 from batchnorm.checks import first_line
 from batchnorm.kernels.cuda.thresholds import Kind
 from batchnorm.lab import bench as benchmark
-from batchnorm.lab.bench import CASES, COMPILED, OURS, TORCH, TORCH_OTHER_LAYOUT, Case, Result, shape_name
+from batchnorm.lab.bench_cases import CASES, DTYPES, Case, Shape, parse_shapes, shape_name
 from batchnorm.lab.bench_nets import MEMORY_EFFICIENT
+from batchnorm.lab.bench_results import COMPILED, FLOOR, OURS, TORCH, TORCH_OTHER_LAYOUT, Result
 from batchnorm.lab.crossover import LOSS, gpu_race
 from batchnorm.lab.pace import GOOD_ACCURACY, seconds_per_epoch, seconds_until
 from batchnorm.lab.peak_memory import Setup, peak_of_device, step_memory
@@ -57,7 +58,7 @@ class Measurements:
     """
 
     speeds: Callable[[Case, str], Sequence[Result]]
-    races: Callable[[Kind], dict[benchmark.Shape, float]]
+    races: Callable[[Kind], dict[Shape, float]]
     memory: Callable[[Setup], dict[str, int]]
     history: Callable[[str, int | None], Sequence[EpochResult]]
     cache_bytes: Callable[[], int]
@@ -75,9 +76,7 @@ class OnDevice:
     device: str = "cuda"
     seconds: float = 1.0
     data_dir: str | None = None
-    shapes: Sequence[benchmark.Shape] = field(
-        default_factory=lambda: benchmark.parse_shapes("resnet50", "cuda")
-    )
+    shapes: Sequence[Shape] = field(default_factory=lambda: parse_shapes("resnet50", "cuda"))
 
     def measurements(self) -> Measurements:
         """As functions."""
@@ -88,7 +87,7 @@ class OnDevice:
         pairs = [(case, shape) for shape in self.shapes]
         return benchmark.bench(pairs, self.seconds, compiled=True, device=self.device, dtype=dtype)
 
-    def _races(self, kind: Kind) -> dict[benchmark.Shape, float]:
+    def _races(self, kind: Kind) -> dict[Shape, float]:
         race = gpu_race(torch.device(self.device), self.seconds / 4, forced=False)
         return {shape: race(kind, shape) for shape in self.shapes}
 
@@ -166,7 +165,7 @@ def _layers(measured: Measurements, case: Case, dtype: str, name: str) -> Iterat
     yield from _against(results, what, TORCH, "torch eager", EAGER)
     yield from _against(results, what, COMPILED, "torch.compile", COMPILER)
     yield from _against(results, what, TORCH_OTHER_LAYOUT, "torch eager, other layout", None)
-    known = {TORCH, COMPILED, TORCH_OTHER_LAYOUT, OURS, benchmark.FLOOR}
+    known = {TORCH, COMPILED, TORCH_OTHER_LAYOUT, OURS, FLOOR}
     for peer in sorted({name for result in results for name in result.timings} - known):
         yield from _against(results, what, peer, peer, None)
     once = statistics.geometric_mean(result.bandwidth / result.copy_bandwidth for result in results)
@@ -190,7 +189,7 @@ def _necessary(result: Result, cache: int) -> float:
     Statistics are known at the end of a tensor. What the second-level cache cannot hold until then must be
     read once more: of the input in the forward, of the input and the gradient in the backward.
     """
-    size = result.elements * benchmark.DTYPES[result.dtype].itemsize
+    size = result.elements * DTYPES[result.dtype].itemsize
     return (5 + max(size - cache, 0) / size + max(2 * size - cache, 0) / size) / 5
 
 
@@ -228,7 +227,7 @@ def _forward(measured: Measurements) -> Iterator[Line]:
     yield _worst(what, {result.shape: 1 / result.speedup for result in results})
 
 
-def _worst(what: str, ratios: dict[benchmark.Shape, float]) -> Line:
+def _worst(what: str, ratios: dict[Shape, float]) -> Line:
     shape = max(ratios, key=ratios.__getitem__)
     found = f"{ratios[shape]:.2f} on {shape_name(shape)}"
     return Line(f"{what}: ours / torch eager, worst shape", f"<= {LOSS}", found, ratios[shape] <= LOSS)

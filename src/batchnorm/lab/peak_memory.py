@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.lab.bench import OURS, TORCH
 from batchnorm.lab.bench_nets import MEMORY_EFFICIENT
 from batchnorm.lab.bench_probes import held_bytes
+from batchnorm.lab.bench_results import OURS, TORCH
 from batchnorm.lab.resnet50 import ResNet50
 from batchnorm.model import convert
 

@@ -20,7 +20,7 @@ from batchnorm.checks import first_line
 from batchnorm.lab.bench_probes import Contender
 
 if TYPE_CHECKING:
-    from batchnorm.lab.bench import Case, Shape
+    from batchnorm.lab.bench_cases import Case, Shape
 
 # Of a largest value of 1 or more, between outputs that are right: some roundings of each operation.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}

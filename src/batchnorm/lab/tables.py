@@ -12,9 +12,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.lab import bench as benchmark
-from batchnorm.lab.bench import COMPILED, FLOOR, OURS, TORCH, TORCH_OTHER_LAYOUT, Result, shape_name
+from batchnorm.lab import bench_results
+from batchnorm.lab.bench_cases import shape_name
 from batchnorm.lab.bench_nets import Nets
+from batchnorm.lab.bench_results import COMPILED, FLOOR, HUGE, LARGE, OURS, TORCH, TORCH_OTHER_LAYOUT, Result
 from batchnorm.lab.compare import Comparison
 from batchnorm.lab.machine import machine_line
 
@@ -78,7 +79,7 @@ def bench(results: Sequence[Result], nets: Nets | None) -> Iterator[Table | str]
             "by the GPU's events, its second-level cache emptied before each call; GB/s: bytes that any "
             "batch norm must move, each tensor once per pass; of copy: as a share of the floor's"
         )
-        for case, (share, compiled) in benchmark.means_on_gpu(results).items():
+        for case, (share, compiled) in bench_results.means_on_gpu(results).items():
             beside = "" if compiled is None else f", torch.compile's time / ours {compiled:.2f}"
             yield f"{case}, geometric means: {share:.0%} of the copies' bandwidth{beside}"
     for note, count in Counter(note for result in results for note in result.notes).items():
@@ -170,13 +171,13 @@ def _summary_table(results: Sequence[Result]) -> Table:
     table = _table(
         "torch.nn's time / ours: above 1 ours is faster",
         "case",
-        f"mean¹,\n{benchmark.LARGE:,}\nelements\nand more",
+        f"mean¹,\n{LARGE:,}\nelements\nand more",
         "shapes",
         "worst\nof all",
         "on",
         caption="¹ geometric",
     )
-    for case, summary in benchmark.speedups(results).items():
+    for case, summary in bench_results.speedups(results).items():
         mean = "-" if summary.mean is None else f"{summary.mean:.2f}"
         worst = f"{summary.worst:.2f}"
         table.add_row(case, mean, str(summary.shapes), worst, shape_name(summary.worst_shape))
@@ -184,11 +185,11 @@ def _summary_table(results: Sequence[Result]) -> Table:
 
 
 def _floor_line(results: Sequence[Result]) -> str:
-    summary = benchmark.over_floor(results)
+    summary = bench_results.over_floor(results)
     if summary is None:
-        return f"no forward+backward of a shape of {benchmark.HUGE:,} elements to hold against the floor"
+        return f"no forward+backward of a shape of {HUGE:,} elements to hold against the floor"
     return (
-        f"forward+backward, ours / floor, for {benchmark.HUGE:,} elements and more ({summary.shapes} of the "
+        f"forward+backward, ours / floor, for {HUGE:,} elements and more ({summary.shapes} of the "
         f"shapes): geometric mean {summary.mean:.2f}, worst {summary.worst:.2f} on "
         f"{shape_name(summary.worst_shape)}"
     )

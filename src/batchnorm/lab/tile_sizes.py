@@ -11,8 +11,10 @@ import torch
 
 from batchnorm.kernels.cuda import plan as planning
 from batchnorm.kernels.cuda.thresholds import everywhere
-from batchnorm.lab.bench import DTYPES, OURS, Case, Shape, data, layers
+from batchnorm.lab.bench import data, layers
+from batchnorm.lab.bench_cases import DTYPES, Case, Shape
 from batchnorm.lab.bench_probes import Contender, DeviceClock, take_turns
+from batchnorm.lab.bench_results import OURS
 
 CANDIDATES: dict[str, tuple[int, ...]] = {
     "TILE": (2048, 4096, 8192),

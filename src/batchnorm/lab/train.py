@@ -19,15 +19,15 @@ from torch.nn import functional as F
 
 from batchnorm.lab.captured import CapturedSteps, Step
 from batchnorm.lab.data import Dataset, load
+from batchnorm.lab.evaluate import test_accuracy, test_accuracy_by_batch
 from batchnorm.lab.handwritten import HandwrittenBatchNorm
 from batchnorm.lab.losses import Losses
 from batchnorm.lab.nets import LeNet
-from batchnorm.lab.processes import ALONE, World, merge_statistics, parallel, unsynchronised
+from batchnorm.lab.processes import ALONE, World, merge_statistics, parallel
 from batchnorm.lab.recipes import DTYPES, Config
 from batchnorm.lab.scheduled_adam import ScheduledAdam
-from batchnorm.model import convert, hold
+from batchnorm.model import convert
 
-_TEST_BATCH = 1000
 _STEPS_PER_REPORT = 20
 
 
@@ -295,38 +295,3 @@ def load_dataset(config: Config, data_dir: str | None = None) -> Dataset:
             test if config.test_samples is None else config.test_samples,
         )
     return dataset.standardized() if config.standardize else dataset
-
-
-@torch.inference_mode()
-def test_accuracy(model: nn.Module, dataset: Dataset, world: World = ALONE) -> float:  # noqa: PT028
-    """Share of the test set that is classified right in eval mode, by the running statistics."""
-    model.eval()
-    return _accuracy(model, dataset, _TEST_BATCH, world)
-
-
-def test_accuracy_by_batch(
-    model: nn.Module,
-    dataset: Dataset,
-    batch_size: int,
-    world: World = ALONE,  # noqa: PT028
-) -> float:
-    """The same in training mode, as the tutorial tests: each test batch normalised by itself.
-
-    As there, autograd records the passes; the hand-written layer keeps what they record. A single
-    leftover sample is classified by the running statistics.
-    """
-    model.train()
-    with hold(model), unsynchronised(model):
-        return _accuracy(model, dataset, batch_size, world)
-
-
-def _accuracy(model: nn.Module, dataset: Dataset, batch_size: int, world: World) -> float:
-    """Over all processes, to whom the batches are dealt out whole: the numbers are those of one."""
-    images, labels = dataset.test_images.split(batch_size), dataset.test_labels.split(batch_size)
-    mine = slice(world.rank, None, world.size)
-    right = torch.zeros((), dtype=torch.int64, device=dataset.test_labels.device)
-    for batch, wanted in zip(images[mine], labels[mine], strict=True):
-        if len(wanted) == 1:
-            model.eval()
-        right += (model(batch).argmax(1) == wanted).sum()
-    return world.add(right).item() / len(dataset.test_labels)

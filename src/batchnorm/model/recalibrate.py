@@ -18,8 +18,8 @@ from batchnorm.model.batches import Batches
 from batchnorm.model.calling import call, evaluating, unwrapped
 from batchnorm.model.freeze import is_frozen
 from batchnorm.model.gather import Seen, check_alike, check_group, gathered
+from batchnorm.model.input_moments import InputMoments
 from batchnorm.model.ranks import Ranks
-from batchnorm.model.watch import Watch
 
 # (layer, what it has seen, mean, variance) -> the mean and the variance to write.
 Blend = Callable[[_BatchNorm, Seen, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -138,8 +138,8 @@ def estimate(
     verb = ranks.verb
 
     def run(open_layers: dict[_BatchNorm, str]) -> dict[_BatchNorm, Seen]:
-        watch = Watch(open_layers, one_value_is_enough=sequential, verb=verb)
-        return _merged(watch, lambda: _run(network, batches, forward, watch), ranks)
+        inputs = InputMoments(open_layers, one_value_is_enough=sequential, verb=verb)
+        return _merged(inputs, lambda: _run(network, batches, forward, inputs), ranks)
 
     def write(seen: dict[_BatchNorm, Seen]) -> None:
         for layer, of_layer in seen.items():
@@ -184,21 +184,21 @@ def _unless_done_restored(layers: Iterable[_BatchNorm]) -> Iterator[set[_BatchNo
 
 
 def _run(
-    model: nn.Module, batches: Batches, forward: Callable[[nn.Module, Any], Any] | None, watch: Watch
+    model: nn.Module, batches: Batches, forward: Callable[[nn.Module, Any], Any] | None, inputs: InputMoments
 ) -> int:
     """One pass over the loader; how many batches it had."""
     number = 0
-    with watch.on():
+    with inputs.on():
         for number, batch in enumerate(batches, 1):
-            call(model, batch, forward, watch.verb, f"batch {number}")
+            call(model, batch, forward, inputs.verb, f"batch {number}")
     return number
 
 
-def _merged(watch: Watch, run: Callable[[], int], ranks: Ranks) -> dict[_BatchNorm, Seen]:
+def _merged(inputs: InputMoments, run: Callable[[], int], ranks: Ranks) -> dict[_BatchNorm, Seen]:
     """What the layers were given in a pass, in all processes, in order of execution."""
-    batches, seen = gathered(watch.layers, watch.seen, run, ranks)
+    batches, seen = gathered(inputs.layers, inputs.seen, run, ranks)
     if batches == 0:
-        raise ValueError(f"{watch.verb}: the loader is empty: without a batch there are no statistics")
+        raise ValueError(f"{inputs.verb}: the loader is empty: without a batch there are no statistics")
     return dict(sorted(seen.items(), key=lambda item: item[1].position))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from batchnorm.doctor.data.watch import Pass
+from batchnorm.doctor.data.recorder import Pass
 from batchnorm.model.packing import sent
 from batchnorm.moments import Moments
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from batchnorm.doctor.check import CHECKS, Check, check
 from batchnorm.doctor.data.observed import Observed
-from batchnorm.doctor.data.watch import Watch
+from batchnorm.doctor.data.recorder import PassRecorder
 from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.subject import Subject
 from batchnorm.model.calling import unwrapped
@@ -29,11 +29,13 @@ def raises(check: Check, subject: Subject) -> Iterator[Finding]:
         yield found
 
 
-def failure(subject: Subject, error: Exception, watch: Watch | None, number: int, what: str) -> Finding:
-    """The finding for an error on a batch; in the module whose forward `watch` saw running."""
+def failure(
+    subject: Subject, error: Exception, recorder: PassRecorder | None, number: int, what: str
+) -> Finding:
+    """The finding for an error on a batch; in the module whose forward `recorder` saw running."""
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     message = " ".join(str(cause).split())[:_SHOWN]
-    layer = watch.inside[-1] if watch is not None and watch.inside else None
+    layer = recorder.inside[-1] if recorder is not None and recorder.inside else None
     module = None if not layer else type(unwrapped(subject.model).get_submodule(layer)).__name__
     where = f" in {module} {layer!r}" if layer else ""
     batch, whose = subject.named(number)

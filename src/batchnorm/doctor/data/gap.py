@@ -9,7 +9,7 @@ from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.data.differences import Differences
 from batchnorm.doctor.data.noise import mean_and_error
 from batchnorm.doctor.data.observed import Observed
-from batchnorm.doctor.data.watch import Pass
+from batchnorm.doctor.data.recorder import Pass
 from batchnorm.doctor.finding import Finding, Severity
 from batchnorm.doctor.subject import Subject
 

@@ -16,7 +16,7 @@ from batchnorm.doctor.subject import Subject
 from batchnorm.model.batch_norms import batches_counted
 from batchnorm.model.calling import unwrapped
 from batchnorm.model.freeze import is_frozen
-from batchnorm.model.watch import input_of
+from batchnorm.model.input_moments import input_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchnorm.doctor.data.differences import Differences
 from batchnorm.doctor.data.noise import BatchStatistics
-from batchnorm.doctor.data.watch import Pass
+from batchnorm.doctor.data.recorder import Pass
 
 Value = TypeVar("Value")
 

@@ -16,7 +16,7 @@ from batchnorm.doctor.data.merge import without_images
 from batchnorm.doctor.data.noise import population
 from batchnorm.doctor.data.observed import Observed, merged
 from batchnorm.doctor.data.outputs import kept, score
-from batchnorm.doctor.data.watch import Pass, Watch
+from batchnorm.doctor.data.recorder import Pass, PassRecorder
 from batchnorm.doctor.snapshot import Snapshot, unchanged
 from batchnorm.doctor.subject import Subject
 from batchnorm.model.calling import call, evaluating, to_device, uncompiled, unwrapped
@@ -74,18 +74,22 @@ class _Observer:
     def _look(self, found: Snapshot) -> Observed:
         """By the batch and in eval mode; what the others need of it."""
         part, layers = self.part, self.layers
-        watch = self._pass(by_batch=True)
-        self.by_batch, part.padding = watch.seen, watch.padding
-        part.largest, part.rectified, part.not_finite = watch.largest, watch.rectified, watch.not_finite
-        part.by_batch = without_images(watch.seen, calls=2, at_least=2)
+        recorder = self._pass(by_batch=True)
+        self.by_batch, part.padding = recorder.seen, recorder.padding
+        part.largest, part.rectified, part.not_finite = (
+            recorder.largest,
+            recorder.rectified,
+            recorder.not_finite,
+        )
+        part.by_batch = without_images(recorder.seen, calls=2, at_least=2)
         found.restore()
         own = {name: population(calls) for name, calls in part.by_batch.statistics.items()}
         part.process = processes.Process.of(self.network, layers, own)
-        watch = self._pass(by_batch=False)
-        part.by_running = without_images(watch.seen, calls=1, batches=shuffled(self.subject.contents))
-        part.of_running = Differences.of(watch.seen, self.by_batch)
-        part.in_training_mode = watch.in_training_mode - {n for n, one in layers.items() if one.frozen}
-        part.not_finite = watch.not_finite or part.not_finite
+        recorder = self._pass(by_batch=False)
+        part.by_running = without_images(recorder.seen, calls=1, batches=shuffled(self.subject.contents))
+        part.of_running = Differences.of(recorder.seen, self.by_batch)
+        part.in_training_mode = recorder.in_training_mode - {n for n, one in layers.items() if one.frozen}
+        part.not_finite = recorder.not_finite or part.not_finite
         return part
 
     def _merge(self, parts: list[Observed]) -> Observed:
@@ -144,34 +148,34 @@ class _Observer:
         seen.mates = next((part.mates for part in [own, *self._of(parts)] if part.mates), None)
         seen.steps = next((part.steps for part in [own, *self._of(parts)] if part.steps.tried), own.steps)
 
-    def _pass(self, *, by_batch: bool) -> Watch:
-        watch = Watch(self.network, self.layers, by_batch=by_batch)
-        with watch.on():
+    def _pass(self, *, by_batch: bool) -> PassRecorder:
+        recorder = PassRecorder(self.network, self.layers, by_batch=by_batch)
+        with recorder.on():
             for number, batch in zip(self.subject.numbers, self.subject.batches, strict=True):
-                watch.begin(number)
+                recorder.begin(number)
                 before = {name: layer.statistics for name, layer in self.layers.items()}
                 try:
                     with evaluating(self.network):
                         output = self._call(batch, number)
                 except Exception as error:
-                    self._fail(error, watch, number)
+                    self._fail(error, recorder, number)
                     break
                 finally:
                     if not by_batch:
                         self._note_moves(before)
-                watch.seen.outputs.append(kept(output))
-                self._score(watch, output, batch, number)
+                recorder.seen.outputs.append(kept(output))
+                self._score(recorder, output, batch, number)
                 self.on_steps(1)
-        return watch
+        return recorder
 
     def _call(self, batch: Any, number: int) -> Any:
         named, _ = self.subject.named(number)
         return call(self.network, batch, self.subject.forward, "diagnose", named)
 
-    def _score(self, watch: Watch, output: Any, batch: Any, number: int) -> None:
+    def _score(self, recorder: PassRecorder, output: Any, batch: Any, number: int) -> None:
         device = next((tensor.device for tensor in self.network.parameters()), None)
         try:
-            watch.seen.scores.append(score(output, to_device(batch, device), self.subject.loss))
+            recorder.seen.scores.append(score(output, to_device(batch, device), self.subject.loss))
         except Exception as error:
             self._fail(error, None, number, "the loss")
 
@@ -184,9 +188,11 @@ class _Observer:
                 moved_in_eval[name] = max(moved, moved_in_eval.get(name, 0.0))
                 layer.write(*statistics)
 
-    def _fail(self, error: Exception, watch: Watch | None, number: int, what: str = "the forward") -> None:
+    def _fail(
+        self, error: Exception, recorder: PassRecorder | None, number: int, what: str = "the forward"
+    ) -> None:
         if self.part.failure is None:
-            self.part.failure = failure(self.subject, error, watch, number, what)
+            self.part.failure = failure(self.subject, error, recorder, number, what)
 
     def _recalibrate(self) -> None:
         written = False
@@ -229,11 +235,11 @@ class _Observer:
     def _train(self) -> None:
         """Training steps, each on the same batch in all ranks."""
         self._attempt(self._ready_to_train)
-        watch = Watch(self.network, {}, by_batch=False)
+        recorder = PassRecorder(self.network, {}, by_batch=False)
         for step in range(_STEPS):
             batch = self._batch(step % len(self.subject.contents))
             if batch is not None and self.part.steps.tried == self.part.steps.steps:
-                self._attempt(lambda batch=batch: self._step(watch, *batch))  # type: ignore[misc]
+                self._attempt(lambda batch=batch: self._step(recorder, *batch))  # type: ignore[misc]
 
     def _ready_to_train(self) -> None:
         """Without processes: what is synchronised would wait for the others."""
@@ -245,12 +251,12 @@ class _Observer:
             # torch's SyncBatchNorm trains on GPUs alone.
             module.train(name not in frozen and not isinstance(module, nn.SyncBatchNorm))
 
-    def _step(self, watch: Watch, number: int, batch: Any) -> None:
+    def _step(self, recorder: PassRecorder, number: int, batch: Any) -> None:
         seen = self.part.steps
         seen.tried += 1
         try:
-            with watch.stack(), uncompiled():
-                watch.begin(number)
+            with recorder.stack(), uncompiled():
+                recorder.begin(number)
                 steps.step(
                     seen,
                     self.network,
@@ -260,7 +266,7 @@ class _Observer:
                 )
         except Exception as error:
             if not _one_value(error):
-                seen.failure = failure(self.subject, error, watch, number, "a training step")
+                seen.failure = failure(self.subject, error, recorder, number, "a training step")
         else:
             self.on_steps(1)
 

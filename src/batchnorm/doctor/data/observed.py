@@ -19,8 +19,8 @@ from batchnorm.doctor.data.merge import (
 from batchnorm.doctor.data.noise import Population, population
 from batchnorm.doctor.data.padding import Padding
 from batchnorm.doctor.data.processes import Process, Processes
+from batchnorm.doctor.data.recorder import NotFinite, Pass
 from batchnorm.doctor.data.steps import Steps
-from batchnorm.doctor.data.watch import NotFinite, Pass
 from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.pictures import LayerPicture
 from batchnorm.model.packing import sent

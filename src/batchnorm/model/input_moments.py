@@ -1,4 +1,4 @@
-"""Watch: what batch norms are given in a pass over data, each batch of it normalised by itself."""
+"""What batch norms are given in a pass over data, each batch of it normalised by itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _FewValues(ValueError):
     """Told apart from what a model raises by itself."""
 
 
-class Watch:
+class InputMoments:
     """Hooks before layers: take the moments of the input, and let the layer normalise by them.
 
     By writing them into the running statistics: in eval mode a layer needs no more than that, whatever its

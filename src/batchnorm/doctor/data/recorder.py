@@ -57,11 +57,11 @@ class NotFinite:
     share: float
 
 
-class Watch:
+class PassRecorder:
     """Hooks that fill a `Pass`; with `by_batch` each layer is made to normalise by its batch.
 
     A layer in eval mode normalises by its running statistics, so those of the batch are written there;
-    whoever watches puts them back.
+    whoever records puts them back.
     """
 
     def __init__(self, network: nn.Module, layers: dict[str, Layer], *, by_batch: bool) -> None:
@@ -196,10 +196,10 @@ class Watch:
 class _Rectifiers(TorchFunctionMode):
     """Sees the ReLUs that are called, as modules or as functions."""
 
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
+    def __init__(self, recorder: PassRecorder) -> None:
+        self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _RECTIFIERS and args:
-            self.watch.activated(args[0])
+            self.recorder.activated(args[0])
         return func(*args, **(kwargs or {}))
