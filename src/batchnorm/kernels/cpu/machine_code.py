@@ -28,25 +28,31 @@ _lock = Lock()
 _engines: list[Any] = []  # code lives as long as the engine that loaded it
 
 
-def load(name: str, build: Callable[[], tuple[Any, Callable[..., None]]], symbols: dict[str, int]) -> int:
+def load(
+    name: str,
+    build: Callable[[], tuple[Any, Callable[..., None]]],
+    symbols: dict[str, int],
+    vector_bits: int = 256,
+) -> int:
     """The address of a C function, compiled now if the cache folder does not have it.
 
     Args:
         name: what tells this function from the others.
         build: makes its Numba signature and the function to compile.
         symbols: addresses of the outside functions that it calls, by name.
+        vector_bits: the widest vectors to use, on x86: 128, 256 or 512.
     """
     with _lock:
         folder = cache_folder()
         path = None if folder is None else folder / f"{name}-{_fingerprint()}.o"
         code = None if path is None else _read(path)
         if code is None:
-            code = _compile(*build())
+            code = _compile(*build(), vector_bits)
             if path is not None:
                 _write(path, code)
         for symbol, address in symbols.items():
             llvm.add_symbol(symbol, address)
-        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine(vector_bits))
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         engine.finalize_object()
         _engines.append(engine)
@@ -81,7 +87,7 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:32]
 
 
-def _compile(signature: Any, function: Callable[..., None]) -> bytes:
+def _compile(signature: Any, function: Callable[..., None], vector_bits: int) -> bytes:
     """Object code of the function, under the name `batchnorm_entry`."""
     from numba import cfunc  # only here: importing it takes a third of a second
 
@@ -94,7 +100,7 @@ def _compile(signature: Any, function: Callable[..., None]) -> bytes:
     for other in module.functions:
         if not other.is_declaration and other.name != _ENTRY:
             other.linkage = "internal"
-    machine = _target_machine()
+    machine = _target_machine(vector_bits)
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
     passes.getModulePassManager().run(module, passes)
     return bytes(machine.emit_object(module))
@@ -136,19 +142,20 @@ _LLVM_TYPES = {"int64": "i64", "float32": "float", "float64": "double"}
 
 
 @cache
-def _target_machine() -> Any:
+def _target_machine(vector_bits: int) -> Any:
+    features = _features()
+    if platform.machine() in ("x86_64", "AMD64") and vector_bits < 512:
+        features += f",+prefer-{vector_bits}-bit"
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     target = llvm.Target.from_default_triple()
     return target.create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=_features(), opt=3, reloc="pic", codemodel="default", jit=True
+        cpu=llvm.get_host_cpu_name(), features=features, opt=3, reloc="pic", codemodel="default", jit=True
     )
 
 
 def _features() -> str:
-    features = str(llvm.get_host_cpu_features().flatten())
-    # Vectors of 512 bits run further ahead of memory than its prefetching follows: half the speed at worst.
-    return features + ",+prefer-256-bit" if platform.machine() in ("x86_64", "AMD64") else features
+    return str(llvm.get_host_cpu_features().flatten())
 
 
 def _read(path: Path) -> bytes | None:
