@@ -197,6 +197,7 @@ def kind(x, channel_dim):
 
 B, G, W, T, M = slabs.BLOCK, _GROUP_COLUMNS, _WIDE_ROW, rows.TILE_COLUMNS, rows.MOST_ROWS
 RUN, TILE = _SHORT_RUN, _TILE_BYTES // 4
+F, FR, N = slabs.FIRST, rows.FIRST_ROWS, rows.NARROW_ROW
 SHAPES = {
     "slabs": [
         (1, 2, RUN + 1), (2, 2, RUN + 1), (3, 5, 521), (3, 7, 49), (64, 3, RUN + 1),
@@ -206,12 +207,13 @@ SHAPES = {
         *[(2, 3, B // 2 + d) for d in (-1, 0, 1)], *[(B // 512 + d, 2, 512) for d in (-1, 0, 1)],
         (31, 2, 263), (2, 2, 2 * B + 1), (1, 3, 12289), (2, 2, TILE // 2 + 1), (1, 2, TILE), (1, 2, TILE + 1),
         *[(1, TILE // 1021 + d, 1021) for d in (-1, 0, 1)],
+        *[(F // 64 + d, 2, 64) for d in (-1, 0, 1)], *[(3, 2, F + d) for d in (-1, 0, 1)],
     ],
     "groups": [
         (1, 2, 2), (2, 2, 2), (1, 2, 3), (2, 3, 2), (3, 2, 3), (1, 3, RUN), (2, 2, RUN - 1), (3, 7, 47),
         *[(3, G // 2 + d, 2) for d in (-1, 0, 1)], *[(2, G // RUN + d, RUN) for d in (-1, 0, 1)],
         *[(M + d, 2, 47) for d in (-1, 0, 1)], *[(rows.BLOCK // (43 * 47) + d, 43, 47) for d in (-1, 0, 1)],
- (37, 211, 5), (4, 2 * G // 3 + 1, 3),
+        *[(F // 16 + d, 3, 16) for d in (-1, 0, 1)], (37, 211, 5), (4, 2 * G // 3 + 1, 3),
     ],
     "rows": [
         (1, 1, 2), (2, 1, B + 1),  # one channel is a column
@@ -220,6 +222,7 @@ SHAPES = {
         *[(5, T + d) for d in (-1, 0, 1)], (3, 2 * T), (2, 2 * T + 1), (2, 4099), (2 * M, 130),
         *[(rows.BLOCK // T + d, T + 1) for d in (-1, 0, 1)], *[(M + d, W) for d in (-1, 0, 1)],
         *[(M * W + d, 1) for d in (-1, 0, 1)], (M * W + W + 1, 1), (5477, 3), (1009, 31), (67, 127),
+        *[(FR + d, N + e) for d in (-1, 0, 1) for e in (-1, 0, 1)], (3 * FR + 1, N), (3 * FR + 1, N + 1),
         *[(W + d, 1) for d in (-1, 0, 1)], *[(2 * (W // 3) + d, 3) for d in (-1, 0, 1)],
     ],
 }  # fmt: skip
@@ -236,6 +239,7 @@ GRID_OF_THREADS = [
 def test_the_grid_knows_the_sizes():
     # Should they change, so must the grid.
     assert (B, G, W, T, RUN, rows.BLOCK, M) == (4096, 2048, 64, 2048, 48, 262144, 256)
+    assert (F, FR, N) == (512, 32, 64)
 
 
 @pytest.mark.parametrize(("name", "shape", "dtype", "threads"), GRID_OF_THREADS, ids=str)

@@ -18,7 +18,7 @@ from batchnorm.kernels.cpu.activations import Real
 from batchnorm.kernels.cpu.memory import at, call, fields_of, pointer
 from batchnorm.kernels.cpu.rows import add_rows, rows_per_block, sum_centred_rows
 from batchnorm.kernels.cpu.runs import loop
-from batchnorm.kernels.cpu.slabs import exact_moments, total
+from batchnorm.kernels.cpu.slabs import FIRST, exact_moments, total
 from batchnorm.kernels.cpu.statistics import (
     applied_statistics,
     finish_gradient,
@@ -229,7 +229,8 @@ def forward_of_group(raw, table, thread, c0, c1, real):
     if fields[f.STATISTICS] == f.OF_BATCH:
         n = 0
         while n < samples:
-            next_n = min(samples, n + rows_per_block((c1 - c0) * positions))
+            more = rows_per_block((c1 - c0) * positions) if n > 0 else max(1, FIRST // positions)
+            next_n = min(samples, n + more)
             take_block(raw, table, thread, c0, c1, n, next_n, real)
             n = next_n
     if fields[f.STATISTICS] != f.OF_TABLE:

@@ -33,6 +33,8 @@ from batchnorm.kernels.cpu.statistics import (
 TILE_COLUMNS = 2048
 BLOCK = 262144
 MOST_ROWS = 256
+# Rows of the first block, which is read twice: for a mean that is near enough to centre the others by.
+FIRST_ROWS = 32
 # Rows of more columns are summed one at a time: four streams side by side are read more slowly than one.
 NARROW_ROW = 64
 
@@ -203,7 +205,7 @@ def moments(raw, thread, team, real):
     row = start
     while row < end:
         i = 0
-        rows = min(rows_per_block(width), end - row)
+        rows = min(rows_per_block(width) if row > start else FIRST_ROWS, end - row)
         while i < width:
             columns = min(TILE_COLUMNS, width - i)
             block_moments(
