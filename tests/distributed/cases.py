@@ -372,7 +372,7 @@ def nothing_is_read_from_a_device() -> None:
     assert waiting & set(operations)
     operations.clear()
     with pytest.MonkeyPatch.context() as patch, Waits():
-        patch.setattr("batchnorm.distributed.values_can_be_read", lambda _: False)
+        patch.setattr("batchnorm.synchronised.values_can_be_read", lambda _: False)
         layer(x).sum().backward()
     assert "rsqrt" in operations
     assert not waiting & set(operations)
