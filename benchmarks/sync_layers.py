@@ -1,4 +1,4 @@
-"""How long synchronised layers take, with kernels around the all-reduces and without, beside one that is alone.
+"""How long synchronised layers take, with kernels around the all-reduces and without, beside those alone.
 
 Two processes with a thread each, over gloo; the layers take turns. `python benchmarks/sync_layers.py SOURCES`
 times the layers of another version too, by its `src` folder, in rounds between those of this one.
