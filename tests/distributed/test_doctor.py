@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.doctor_cases import CASES
+from tests.distributed.doctor_trouble_cases import CASES
 from tests.distributed.test_processes import assert_passed, run
 
 # For all the cases of a set of processes, which train three models; on an idle 2-core machine a set takes 30.
@@ -19,7 +19,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
         lambda processes: run(
             processes,
             tmp_path_factory.mktemp(f"{processes}-doctors"),
-            "tests.distributed.doctor_cases",
+            "tests.distributed.doctor_trouble_cases",
             SECONDS,
         )
     )

@@ -10,7 +10,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.lab.data import Dataset, load
-from batchnorm.lab.processes import ALONE, FailedElsewhere, ProcessError, World, parallel
+from batchnorm.lab.processes import ALONE, FailedElsewhere, ProcessError, World, as_on_rank_0, parallel
 from batchnorm.lab.recipes import Config, configure
 from batchnorm.lab.train import Training, test_accuracy
 from tests.distributed.cases import assert_near, case
@@ -127,9 +127,26 @@ def what_fails_in_one_process_fails_in_all_and_is_said_once() -> None:
 
 
 def fail_together(error: Exception | None) -> None:
-    with world().together():
+    """As the commands do: the input is looked at in a block of its own."""
+    with world().together(), world().together():
         if error is not None:
             raise error
+
+
+@case(2)
+def a_model_is_given_to_all_where_they_are_alike() -> None:
+    torch.manual_seed(dist.get_rank())
+    model = nn.Linear(2, 2)
+    as_on_rank_0(model)
+    torch.manual_seed(0)
+    torch.testing.assert_close(model.state_dict(), nn.Linear(2, 2).state_dict(), rtol=0, atol=0)
+    for other in (
+        nn.Linear(2, 3),
+        nn.Linear(2, 2).double(),
+        nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)),
+    ):
+        with pytest.raises(ValueError, match=r"different models, rank 1 from rank 0: rank 0 has .*weight"):
+            as_on_rank_0(other if dist.get_rank() == 1 else model)
 
 
 @case(2)

@@ -1,11 +1,8 @@
 """Tests of recalibrate: population statistics over a loader."""
 
 import copy
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -506,95 +503,6 @@ def test_data_parallel_is_called_without_its_wrapper() -> None:
     model = nn.DataParallel(small_net())
     assert recalibrate(model, [images()]) is model
     assert model.module[9].num_batches_tracked == 1
-
-
-PROCESS = """
-import copy, os, sys, warnings
-from datetime import timedelta
-import torch
-from torch import nn
-import torch.distributed as dist
-from batchnorm.model import recalibrate
-
-warnings.simplefilter("error")
-torch.set_num_threads(1)
-rank, store = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group(
-    "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-)
-torch.manual_seed(0)
-
-
-class Backwards(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.last, self.mix, self.first = nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3)
-
-    def forward(self, x):
-        return self.last(self.mix(self.first(x)).tanh())
-
-
-model = Backwards().double()
-x = torch.randn(50, 3).double() * 5 + 100
-mine = [list(x[:40].split([7, 33])), [x[40:]]][rank]
-
-
-def fails(loader, error, message):
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    try:
-        recalibrate(model, loader, group=dist.group.WORLD)
-    except error as caught:
-        assert message in str(caught), caught
-    else:
-        raise AssertionError("no error")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def broken():
-    yield x
-    raise OSError("disk")
-
-
-recalibrate(model, mine, group=dist.group.WORLD, sequential=True)
-wanted = copy.deepcopy(model)
-recalibrate(wanted, [x], sequential=True)
-for name in ("running_mean", "running_var"):
-    torch.testing.assert_close(getattr(model.last, name), getattr(wanted.last, name))
-    torch.testing.assert_close(getattr(model.first, name), getattr(wanted.first, name))
-assert model.first.num_batches_tracked == 3
-recalibrate(model, mine, group=dist.group.WORLD)
-torch.testing.assert_close(model.first.running_var, wanted.first.running_var)
-recalibrate(model, [x] if rank else [], group=dist.group.WORLD)
-assert model.last.num_batches_tracked == 1
-recalibrate(model, [x[:20]] if rank else [x[20:]])  # without a group: this process alone
-alone = x[:20] if rank else x[20:]
-torch.testing.assert_close(model.first.running_mean, alone.mean(0))
-fails([], ValueError, "empty")
-fails(broken() if rank else mine, *((OSError, "disk") if rank else (RuntimeError, "process 1 of the group")))
-recalibrate(nn.parallel.DistributedDataParallel(model), mine, group=dist.group.WORLD)
-dist.barrier()
-os._exit(0)  # everything held; gloo's threads now and then abort a Python that ends by itself
-"""
-
-
-def test_two_processes_end_with_the_statistics_of_all_the_data(tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(rank), str(tmp_path / "store")],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
 
 
 class TestFailures:

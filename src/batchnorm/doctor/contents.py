@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.doctor.packing import sent
 from batchnorm.model.nested import samples_in
+from batchnorm.model.packing import sent
 
 # So many samples at most.
 _SHUFFLED = 4096
@@ -43,15 +43,14 @@ def labels(batch: Any) -> Tensor | None:
     return None if y.is_floating_point() or y.ndim != 1 or y.dtype == torch.bool else y.cpu().long()
 
 
-def in_order(of_ranks: list[list[Contents]], place: int) -> tuple[list[Contents], list[int]]:
-    """All batches as one process would have them, and the numbers in it of the rank's at `place`.
+def in_order(of_ranks: Sequence[Sequence[Contents]]) -> list[tuple[int, int]]:
+    """Of all batches, as one process would have them, the place of the rank and its number there.
 
     The first batch of each rank, then the second of each: a loader whose batches are dealt out one by one
     is in its own order again.
     """
-    order = sorted((number, rank) for rank, own in enumerate(of_ranks) for number in range(len(own)))
-    numbers = [n for n, (_, rank) in enumerate(order) if rank == place]
-    return [of_ranks[rank][number] for number, rank in order], numbers
+    found = [(place, number) for place, own in enumerate(of_ranks) for number in range(len(own))]
+    return sorted(found, key=lambda batch: (batch[1], batch[0]))
 
 
 def shuffled(batches: Sequence[Contents]) -> int:

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from batchnorm.doctor.contents import Contents, in_order
 from batchnorm.doctor.finding import Finding, in_order_of_layers, merged_findings
-from batchnorm.doctor.ranks import Ranks
 from batchnorm.doctor.report import Report
 from batchnorm.doctor.snapshot import Generators
 from batchnorm.doctor.subject import Subject
@@ -19,6 +18,7 @@ from batchnorm.model.batch_norms import check_initialized, check_model
 from batchnorm.model.batches import Batches, tqdm_bar
 from batchnorm.model.calling import unwrapped
 from batchnorm.model.gather import check_group
+from batchnorm.model.ranks import Ranks
 
 
 def diagnose(
@@ -69,7 +69,7 @@ def diagnose(
         ModuleNotFoundError: `progress=True` without tqdm.
     """
     check_group(group, "diagnose")
-    ranks = Ranks(group)
+    ranks = Ranks(group, "diagnose")
     batches: list[Any] = []
 
     def prepare() -> list[Contents] | None:
@@ -83,8 +83,9 @@ def diagnose(
         return [Contents.of(batch) for batch in batches]
 
     everyone = ranks.together(prepare)
-    contents, numbers = in_order([own or [] for own in everyone], ranks.place)
-    if not contents and any(own is not None for own in everyone):
+    of_ranks = [own or [] for own in everyone]
+    order = in_order(of_ranks)
+    if not order and any(own is not None for own in everyone):
         whose = "" if ranks.alone else " on every rank"
         raise ValueError(f"diagnose: the loader is empty{whose}: give one with batches, or none at all")
     subject = Subject.of(
@@ -95,8 +96,8 @@ def diagnose(
         evaluate=evaluate,
         batches=batches,
         ranks=ranks,
-        contents=contents,
-        numbers=numbers,
+        contents=[of_ranks[place][number] for place, number in order],
+        order=order,
     )
     return examine(subject, progress)
 

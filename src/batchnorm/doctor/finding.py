@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from batchnorm.doctor.packing import sent
-from batchnorm.doctor.ranks import said
+from batchnorm.model.packing import sent
+from batchnorm.model.ranks import said
 
 Severity = Literal["note", "warning", "error"]
 

@@ -18,6 +18,7 @@ from batchnorm.doctor.subject import Subject
 from batchnorm.model.absorb import absorb_bias
 from batchnorm.model.convert import convert
 from batchnorm.model.freeze import freeze, is_frozen, unfreeze
+from batchnorm.model.ranks import said
 from batchnorm.model.recalibrate import recalibrate
 
 if TYPE_CHECKING:
@@ -144,8 +145,15 @@ def _check_nothing_new(code: str, before: Sequence[Finding], after: Sequence[Fin
 @fixes("BN101")
 def absorb(subject: Subject, layers: Sequence[str]) -> None:
     """Move biases into running means; those of other layers are put back."""
-    if not subject.batches:
+    if not subject.contents:
         raise ValueError(_NO_DATA)
+    found = subject.batch_of_all(0)  # before anything can fail here, for all take part
+    if found is None:
+        rank = said([subject.ranks.names[subject.ranks.place]])
+        raise ValueError(
+            f"{rank} has no batch, and cannot be sent another's, which is not made of tensors in tuples, "
+            "lists and dictionaries alone: give each process a batch"
+        )
     others = []
     for call in subject.calls:
         norm = subject.batch_norms.get(call.layer or "")
@@ -154,7 +162,7 @@ def absorb(subject: Subject, layers: Sequence[str]) -> None:
         bias = getattr(call.inputs[0].module, "bias", None)
         others += [t for t in (bias, norm.running_mean) if isinstance(t, Tensor)]
     before = [tensor.detach().clone() for tensor in others]
-    absorb_bias(subject.model, subject.batches[0], forward=subject.forward)
+    absorb_bias(subject.model, found[1], forward=subject.forward)
     with torch.no_grad():
         for tensor, values in zip(others, before, strict=True):
             tensor.copy_(values)

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from batchnorm.doctor.contents import Contents
+from batchnorm.doctor.contents import Contents, in_order
 from batchnorm.doctor.handwritten import Handwritten, handwritten
-from batchnorm.doctor.ranks import ALONE, Ranks
 from batchnorm.doctor.structure import Call, calls_of
+from batchnorm.model.packing import comes_back
+from batchnorm.model.ranks import ALONE, Ranks
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Subject:
         batches: a handful of batches of the loader; empty where no loader was given.
         ranks: the processes that diagnose it together.
         contents: of the batches of all ranks, in the order in which one process would have them.
-        numbers: of this process's batches in that order.
+        order: of each of them, the place of its rank and its number there.
         observed: what `doctor.data.observe` measured on the batches; None without data.
     """
 
@@ -45,13 +46,13 @@ class Subject:
     batches: list[Any] = field(default_factory=list)
     ranks: Ranks = ALONE
     contents: list[Contents] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
+    order: list[tuple[int, int]] = field(default_factory=list)
     observed: Any = None
 
     def __post_init__(self) -> None:
         if not self.contents:
             self.contents = [Contents.of(batch) for batch in self.batches]
-            self.numbers = list(range(len(self.batches)))
+            self.order = in_order([self.contents])
 
     @classmethod
     def of(cls, model: nn.Module, **attributes: Any) -> Subject:
@@ -63,6 +64,48 @@ class Subject:
         """The same to be examined anew, after the model has changed."""
         kept = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return Subject.of(**{name: kept[name] for name in kept if name not in ("batch_norms", "observed")})
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of this process's batches, among those of all."""
+        return [number for number, (place, _) in enumerate(self.order) if place == self.ranks.place]
+
+    def batch_of_all(self, number: int) -> tuple[int, Any] | None:
+        """The batch of that number, of whichever process, in every one; all call this alike.
+
+        What cannot be sent (an object of some class) stays where it is: then it is `own_batch`.
+        """
+        place, own = self.order[number]
+        if self.ranks.alone:
+            return number, self.batches[own]
+
+        def sent() -> Any:
+            return self.batches[own] if comes_back(self.batches[own]) else None
+
+        batch = self.ranks.from_one(place, sent)
+        return self.own_batch(number) if batch is None else (number, batch)
+
+    def own_batch(self, number: int) -> tuple[int, Any] | None:
+        """Of this process's own, from the first on again where it has fewer; None where it has none.
+
+        With its number among all.
+        """
+        if not self.batches:
+            return None
+        own = number % len(self.batches)
+        return self.numbers[own], self.batches[own]
+
+    def named(self, number: int) -> tuple[str, dict[str, Any]]:
+        """A batch in words, as in `batch 2 of rank 1`, and as evidence: its number among all, whose it is."""
+        if self.ranks.alone:
+            return f"batch {number + 1}", {"batch": number + 1}
+        place, own = self.order[number]
+        rank = self.ranks.names[place]
+        return f"batch {own + 1} of rank {rank}", {
+            "batch": number + 1,
+            "rank": rank,
+            "batch_of_rank": own + 1,
+        }
 
     @cached_property
     def calls(self) -> list[Call]:

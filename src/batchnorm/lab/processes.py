@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from batchnorm.checks import first_line
 from batchnorm.layers import _BatchNorm
 from batchnorm.model import merge_running_statistics
+from batchnorm.model.ranks import Ranks, first_difference
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # A process that is stopped but not dead: the others give up after so long.
@@ -170,8 +171,8 @@ def is_rank_0() -> bool:
 
 def is_of_another_process(error: Exception) -> bool:
     """Whether an error says no more than that another process has failed, or did not come."""
-    signs = "gloo", "all-reduce over the processes", "the exchange between", "failed in process"
-    return isinstance(error, dist.DistError) or (
+    signs = "gloo", "all-reduce over the processes", "the exchange between", ": failed on rank"
+    return isinstance(error, dist.DistError | FailedElsewhere) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     )
 
@@ -186,7 +187,23 @@ def parallel(model: nn.Module) -> DistributedDataParallel:
 
 
 def as_on_rank_0(model: nn.Module) -> None:
-    """Give every process the weights of rank 0, where a model may begin with random ones."""
+    """Give every process the weights of rank 0, where a model may begin with random ones.
+
+    Raises:
+        ValueError: in every process: their models are not the same.
+    """
+    ranks = Ranks(dist.group.WORLD, "broadcast")
+    shapes = ranks.together(
+        lambda: {
+            f"{name} ({str(tensor.dtype).removeprefix('torch.')})": tuple(tensor.shape)
+            for name, tensor in model.state_dict().items()
+        }
+    )
+    if any(own != shapes[0] for own in shapes):
+        raise ValueError(
+            f"the processes have made different models, {first_difference(ranks.names, shapes)}: the factory "
+            "must make the same in each"
+        )
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, 0)
 

@@ -16,6 +16,7 @@ from batchnorm.model.batches import Batches
 from batchnorm.model.calling import call, evaluating, unwrapped
 from batchnorm.model.gather import Seen
 from batchnorm.model.hold import hold
+from batchnorm.model.ranks import Ranks
 from batchnorm.model.recalibrate import estimate, layers_to_estimate
 
 
@@ -99,7 +100,7 @@ def adapt(
         if entropy_epochs:
             _lower_entropy(network, names, trained, batches, forward, entropy_epochs, lr)
         mix = _mixed_with(names, prior)
-        estimate(network, names, batches, forward, verb="adapt", sequential=True, blend=mix)
+        estimate(network, names, batches, forward, ranks=Ranks(None, "adapt"), sequential=True, blend=mix)
     return model
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.model.packing import sent
+from batchnorm.model.ranks import Ranks, first_difference
 from batchnorm.moments import Moments
 
-_NEVER = math.inf
+sent(Moments)
 
 
 class Seen(NamedTuple):
@@ -21,7 +21,7 @@ class Seen(NamedTuple):
     times: int
     samples: int
     moments: Moments
-    position: float
+    position: int
 
 
 def check_group(group: Any, verb: str) -> None:
@@ -38,60 +38,44 @@ def check_group(group: Any, verb: str) -> None:
     raise TypeError(f"{verb}: expected None (this process alone) or a process group, got {group!r}")
 
 
+def check_alike(ranks: Ranks, shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
+    """Raise a ValueError, in every process, unless all have batch norms of the same names and channels."""
+    if any(own != shapes[0] for own in shapes):
+        raise ValueError(
+            f"{ranks.verb}: expected the same batch norms in every process, but the models differ, "
+            f"{first_difference(ranks.names, shapes)}"
+        )
+
+
 def gathered(
-    layers: Iterable[_BatchNorm],
-    seen: Mapping[_BatchNorm, Seen],
-    run: Callable[[], int],
-    group: Any,
-    verb: str,
+    layers: Mapping[_BatchNorm, str], seen: Mapping[_BatchNorm, Seen], run: Callable[[], int], ranks: Ranks
 ) -> tuple[int, dict[_BatchNorm, Seen]]:
     """Call `run`, which fills `seen` and returns its batches; give back those of all processes.
 
     Raises:
         RuntimeError: `run` failed in another process; where it failed its own error is raised.
     """
-    # A process that failed takes part too: the others would wait for it for ever.
-    error: Exception | None = None
-    batches = 0
-    try:
+    if ranks.alone:
+        return run(), dict(seen)
+
+    def work() -> tuple[int, dict[str, Any]]:
         batches = run()
-    except Exception as caught:
-        error = caught
-    layers = list(layers)
-    device = next(layers[0].buffers()).device
-    mine = _packed(layers, seen, batches, error is not None).to(device)
-    everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(everyone, mine, group=group)
-    if error is not None:
-        raise error
-    failed = [str(rank) for rank, theirs in enumerate(everyone) if theirs[1] != 0]
-    if failed:
-        raise RuntimeError(f"{verb}: failed in process {', '.join(failed)} of the group, see the error there")
-    return int(sum(theirs[0].item() for theirs in everyone)), _unpacked(layers, everyone)
+        return batches, {layers[layer]: tuple(of_layer) for layer, of_layer in seen.items()}
+
+    parts = ranks.together(work)
+    merged = {}
+    for layer, name in layers.items():
+        of_layer = [Seen(*own[name]) for _, own in parts if name in own]
+        if of_layer:
+            merged[layer] = _merged(of_layer)
+    return sum(batches for batches, _ in parts), merged
 
 
-def _packed(layers: list[_BatchNorm], seen: Mapping[_BatchNorm, Seen], batches: int, failed: bool) -> Tensor:
-    """One float64 vector: batches, failed, and per layer times, samples, position, count, mean and m2."""
-    numbers = [torch.tensor([batches, failed], dtype=torch.float64)]
-    for layer in layers:
-        if failed or layer not in seen:
-            numbers.append(torch.tensor([0, 0, _NEVER, *[0] * 3 * layer.num_features], dtype=torch.float64))
-            continue
-        times, samples, moments, position = seen[layer]
-        numbers.append(torch.tensor([times, samples, position], dtype=torch.float64))
-        per_channel = moments.count.expand_as(moments.mean), moments.mean, moments.m2
-        numbers += [tensor.to("cpu", torch.float64) for tensor in per_channel]
-    return torch.cat(numbers)
-
-
-def _unpacked(layers: list[_BatchNorm], everyone: list[Tensor]) -> dict[_BatchNorm, Seen]:
-    merged, start = {}, 2
-    for layer in layers:
-        width = 3 + 3 * layer.num_features
-        parts = torch.stack([numbers[start : start + width] for numbers in everyone])
-        start += width
-        times = int(parts[:, 0].sum())
-        if times:
-            moments = Moments(*parts[:, 3:].unflatten(1, (3, -1)).unbind(1)).merge_dim(0)
-            merged[layer] = Seen(times, int(parts[:, 1].sum()), moments, float(parts[:, 2].min()))
-    return merged
+def _merged(parts: list[Seen]) -> Seen:
+    first, *others = [part.moments for part in parts]
+    return Seen(
+        sum(part.times for part in parts),
+        sum(part.samples for part in parts),
+        first.merge(*others),
+        min(part.position for part in parts),
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from batchnorm.model.batch_norms import batch_norms, check_initialized, check_mo
 from batchnorm.model.batches import Batches
 from batchnorm.model.calling import call, evaluating, unwrapped
 from batchnorm.model.freeze import is_frozen
-from batchnorm.model.gather import Seen, check_group, gathered
+from batchnorm.model.gather import Seen, check_alike, check_group, gathered
+from batchnorm.model.ranks import Ranks
 from batchnorm.model.watch import Watch
 
 # (layer, what it has seen, mean, variance) -> the mean and the variance to write.
@@ -75,19 +78,29 @@ def recalibrate(
 
     Raises:
         TypeError: `model` is no nn.Module, or `loader` does not yield batches or what the model takes.
-        ValueError: no batch norm to recalibrate, a lazy module without its first input, an empty loader,
-            statistics that are not finite, or one value per channel in a batch (with `sequential`: in all
-            of them together); the message names the layer.
+        ValueError: no batch norm to recalibrate, a lazy module without its first input, an empty loader (of a
+            group: in every process), statistics that are not finite, one value per channel in a batch (with
+            `sequential`: in all of them together), or processes with other batch norms than each other; the
+            message names the layer.
+        RuntimeError: it raised in another process of `group`, which the message names, or one did not come.
         ModuleNotFoundError: `progress=True` without tqdm.
 
     Whatever is raised, here, by the loader or in another process of `group`, the model is as it was.
     """
-    check_model(model, "recalibrate")
-    network = unwrapped(model)
-    names = layers_to_estimate(network, "recalibrate")
-    batches = Batches(loader, max_batches, progress, again=sequential, verb="recalibrate")
     check_group(group, "recalibrate")
-    estimate(network, names, batches, forward, verb="recalibrate", group=group, sequential=sequential)
+    ranks = Ranks(group, "recalibrate")
+    work: list[tuple[nn.Module, dict[_BatchNorm, str], Batches]] = []
+
+    def prepare() -> dict[str, tuple[int, ...]]:
+        check_model(model, "recalibrate")
+        network = unwrapped(model)
+        names = layers_to_estimate(network, "recalibrate")
+        batches = Batches(loader, max_batches, progress, again=sequential, verb="recalibrate")
+        work.append((network, names, batches))
+        return {name: (layer.num_features,) for layer, name in names.items()}
+
+    check_alike(ranks, ranks.together(prepare))
+    estimate(*work[0], forward, ranks=ranks, sequential=sequential)
     return model
 
 
@@ -113,8 +126,7 @@ def estimate(
     batches: Batches,
     forward: Callable[[nn.Module, Any], Any] | None,
     *,
-    verb: str,
-    group: Any = None,
+    ranks: Ranks,
     sequential: bool = False,
     blend: Blend = lambda layer, seen, mean, var: (mean, var),
 ) -> None:
@@ -123,17 +135,22 @@ def estimate(
     What `blend(layer, seen, mean, var)` makes of a layer's statistics is what is written. A verb calls this
     itself, for a warning that points to the verb's caller.
     """
+    verb = ranks.verb
 
     def run(open_layers: dict[_BatchNorm, str]) -> dict[_BatchNorm, Seen]:
         watch = Watch(open_layers, one_value_is_enough=sequential, verb=verb)
-        return _merged(watch, lambda: _run(network, batches, forward, watch), group)
+        return _merged(watch, lambda: _run(network, batches, forward, watch), ranks)
+
+    def write(seen: dict[_BatchNorm, Seen]) -> None:
+        for layer, of_layer in seen.items():
+            _write(layer, quoted(layer, names[layer]), of_layer, blend, verb)
 
     with _unless_done_restored(names) as done, evaluating(network):
         while True:
             seen = run({layer: name for layer, name in names.items() if layer not in done})
-            for layer in list(seen)[:1] if sequential else seen:
-                _write(layer, quoted(layer, names[layer]), seen[layer], blend, verb)
-                done.add(layer)
+            new = dict(itertools.islice(seen.items(), 1)) if sequential else seen
+            ranks.together(partial(write, new))
+            done.update(new)
             if done.issuperset(seen):
                 break
         if not done:
@@ -177,13 +194,9 @@ def _run(
     return number
 
 
-def _merged(watch: Watch, run: Callable[[], int], group: Any) -> dict[_BatchNorm, Seen]:
-    """What the layers were given in a pass, in all processes of the group, in order of execution."""
-    if group is None:
-        batches = run()
-        seen = watch.seen
-    else:
-        batches, seen = gathered(watch.layers, watch.seen, run, group, watch.verb)
+def _merged(watch: Watch, run: Callable[[], int], ranks: Ranks) -> dict[_BatchNorm, Seen]:
+    """What the layers were given in a pass, in all processes, in order of execution."""
+    batches, seen = gathered(watch.layers, watch.seen, run, ranks)
     if batches == 0:
         raise ValueError(f"{watch.verb}: the loader is empty: without a batch there are no statistics")
     return dict(sorted(seen.items(), key=lambda item: item[1].position))

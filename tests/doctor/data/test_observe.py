@@ -133,9 +133,10 @@ def test_a_failure_in_training_alone_is_found() -> None:
     observed = observe(
         subject(with_module(RaisesInTraining()), batches((3, 16, 16), 8, 3)), lambda steps: None
     )
-    assert observed.failure is not None
-    assert observed.failure.layer == "features.5"
-    assert "a training step raises KeyError" in observed.failure.what
+    failure = observed.steps.failure
+    assert failure is not None
+    assert failure.layer == "features.5"
+    assert "a training step raises KeyError" in failure.what
     assert observed.recalibrated is not None
 
 

@@ -4,6 +4,7 @@ from batchnorm.doctor.data import (  # noqa: F401 - importing registers the chec
     channels,
     composition,
     disagreement,
+    failure,
     gap,
     magnitude,
     movement,

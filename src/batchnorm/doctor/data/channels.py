@@ -38,10 +38,11 @@ def too_few_values(check: Check, subject: Subject) -> Iterator[Finding]:
     for name, calls in observed.by_batch.statistics.items():
         if observed.layers[name].frozen:
             continue
-        smallest = min(calls, key=lambda call: call.values)
+        batch_of = observed.by_batch.batch_of[name]
+        smallest, number = min(zip(calls, batch_of, strict=True), key=lambda numbered: numbered[0].values)
         has_tokens = any(
-            call.images != subject.contents[number].samples
-            for call, number in zip(calls, observed.by_batch.batch_of[name], strict=True)
+            call.images != subject.contents[batch].samples
+            for call, batch in zip(calls, batch_of, strict=True)
         )
         share, error = _noise(calls, observed.populations[name], has_tokens)
         per_image = 1 / share if share > 0 else math.inf
@@ -71,6 +72,7 @@ def too_few_values(check: Check, subject: Subject) -> Iterator[Finding]:
             values=values,
             independent_values=effective,
             images=images,
+            **subject.named(number)[1],
         )
 
 

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from batchnorm.doctor.data.watch import Pass
-from batchnorm.doctor.packing import sent
+from batchnorm.model.packing import sent
 from batchnorm.moments import Moments
-
-sent(Moments)
 
 
 @sent

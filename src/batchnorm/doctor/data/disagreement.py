@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -13,8 +12,8 @@ from batchnorm.doctor.data.noise import rms
 from batchnorm.doctor.data.observed import Observed
 from batchnorm.doctor.data.processes import Processes
 from batchnorm.doctor.finding import Finding
-from batchnorm.doctor.ranks import apart, said
 from batchnorm.doctor.subject import Subject
+from batchnorm.model.ranks import apart, first_difference, said
 
 _SHIFT = 0.3
 
@@ -68,17 +67,10 @@ def parameters_differ(check: Check, subject: Subject) -> Iterator[Finding]:
 
 
 def _different_models(check: Check, found: Processes) -> Finding:
-    shapes = [tuple(process.shapes.items()) for process in found.each]
-    one, other = shapes[0], next(own for own in shapes if own != shapes[0])
-    places = itertools.zip_longest(one, other)
-    mine, theirs = next((a, b) for a, b in places if a != b)
-    first, last = (
-        "nothing more" if place is None else f"{place[0]} of shape {place[1]}" for place in (mine, theirs)
-    )
     return check.finding(
         None,
-        f"the {len(found.ranks)} processes have different models, {apart(found.ranks, shapes)}: "
-        f"{said(found.ranks[:1])} has {first} where {said([found.ranks[shapes.index(other)]])} has {last}. "
+        f"the {len(found.ranks)} processes have different models, "
+        f"{first_difference(found.ranks, [process.shapes for process in found.each])}. "
         "What each observed was not merged",
         processes=len(found.ranks),
     )

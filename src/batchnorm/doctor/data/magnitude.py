@@ -91,6 +91,7 @@ def padding(check: Check, subject: Subject) -> Iterator[Finding]:
             noise_alone=chance,
             variance_ratio=math.exp(ratio),
             share=found.share,
+            **subject.named(found.batch)[1],
         )
         return  # the layers after it are given what it made of the padding
 
@@ -111,10 +112,12 @@ def not_finite(check: Check, subject: Subject) -> Iterator[Finding]:
     found = observed.not_finite
     where = "the data have" if found.layer is None else "the first output with"
     end = " before any layer" if found.layer is None else " is this layer's"
+    batch, whose = subject.named(found.batch)
     yield check.finding(
         found.layer or None,
-        f"{where} {found.kind}{end} ({found.share:.1%} of the values)",
+        f"{where} {found.kind}{end} ({found.share:.1%} of the values), in {batch}",
         effect=found.share,
         standard_error=0.0,
         noise_alone=0.0,
+        **whose,
     )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.doctor.data.outputs import first_tensor, kept
-from batchnorm.doctor.packing import sent
 from batchnorm.model.nested import samples_in
+from batchnorm.model.packing import sent
 
 
 @sent
@@ -35,15 +35,19 @@ class Mates:
     samples: int
 
 
-def compare(network: nn.Module, batches: list[Any], run: Callable[[Any], Any]) -> Mates | None:
-    """Run the first batch, again, and with its second half exchanged; None where that cannot be done."""
-    count = samples_in(batches[0])
+def compare(network: nn.Module, batch: Any, exchanged: Any | None, run: Callable[[Any], Any]) -> Mates | None:
+    """Run a batch, again, and with its second half exchanged; None where that cannot be done.
+
+    Args:
+        exchanged: what `with_mates_of` gave, or None: then the first half is run alone.
+    """
+    count = samples_in(batch)
     if count < 2:
         return None
     half = count // 2
-    first, first_inside = _run(network, batches[0], run, half, count)
-    again, again_inside = _run(network, batches[0], run, half, count)
-    mixed = _mixed(batches, half, count)
+    first, first_inside = _run(network, batch, run, half, count)
+    again, again_inside = _run(network, batch, run, half, count)
+    mixed = _rows(batch, half, count) if exchanged is None else exchanged
     other, other_inside = _run(network, mixed, run, half, samples_in(mixed))
     if first is None or again is None or other is None or not (first.shape == other.shape == again.shape):
         return None
@@ -94,14 +98,13 @@ def _starts(*runs: list[tuple[str, Tensor]]) -> str | None:
     return None
 
 
-def _mixed(batches: list[Any], half: int, count: int) -> Any:
-    """The first batch with its second half taken from another; without one, its first half alone."""
-    for other in batches[1:]:
-        try:
-            return _joined(batches[0], other, half, count)
-        except (TypeError, ValueError, RuntimeError):
-            continue
-    return _rows(batches[0], half, count)
+def with_mates_of(batch: Any, other: Any) -> Any | None:
+    """A batch with its second half taken from another; None where they do not fit."""
+    count = samples_in(batch)
+    try:
+        return _joined(batch, other, count // 2, count)
+    except Exception:  # a batch may be made of anything
+        return None
 
 
 def _joined(a: Any, b: Any, half: int, count: int) -> Any:

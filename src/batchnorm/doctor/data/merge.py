@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.doctor.data.differences import Differences
-from batchnorm.doctor.data.mates import Mates
 from batchnorm.doctor.data.noise import BatchStatistics
-from batchnorm.doctor.data.steps import Steps, grows
 from batchnorm.doctor.data.watch import Pass
 
 Value = TypeVar("Value")
@@ -56,48 +54,6 @@ def without_images(one: Pass, calls: int, batches: float = math.inf, at_least: i
 def merge_differences(parts: Sequence[Differences | None]) -> Differences | None:
     known = [part for part in parts if part is not None]
     return Differences.merge(known) if known else None
-
-
-def merge_mates(parts: Iterable[Mates | None]) -> Mates | None:
-    """Root mean squares over the samples of all ranks, each of which compared its own first batch."""
-    known = [part for part in parts if part is not None]
-    if len(known) < 2:
-        return known[0] if known else None
-    samples = sum(part.samples for part in known)
-
-    def together(values: Iterable[float]) -> float:
-        squares = [part.samples * value**2 for part, value in zip(known, values, strict=True)]
-        return math.sqrt(math.fsum(squares) / samples)
-
-    errors = [part.samples * part.error for part in known]
-    return Mates(
-        together(part.effect for part in known),
-        math.hypot(*errors) / samples,
-        together(part.again for part in known),
-        next((part.layer for part in known if part.layer is not None), None),
-        samples,
-    )
-
-
-def merge_steps(parts: Sequence[Steps]) -> Steps:
-    """Of each module the steps of the rank in which it grew; of moves, those of all ranks."""
-    merged = Steps(steps=max(part.steps for part in parts))
-    merged.moved_in_backward = largest([part.moved_in_backward for part in parts])
-    for part in parts:
-        for name, moves in part.moves.items():
-            merged.moves.setdefault(name, []).extend(moves)
-    merged.nodes = _grown([part.nodes for part in parts])
-    merged.bytes = _grown([part.bytes for part in parts])
-    return merged
-
-
-def _grown(parts: Sequence[Mapping[str, list[int]]]) -> dict[str, list[int]]:
-    merged: dict[str, list[int]] = {}
-    for part in parts:
-        for name, values in part.items():
-            if name not in merged or (grows(values) and not grows(merged[name])):
-                merged[name] = values
-    return merged
 
 
 def largest(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchnorm.doctor.packing import sent
+from batchnorm.model.packing import sent
 from batchnorm.moments import Moments
 
 

@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from batchnorm.doctor.check import CHECKS, Check, check
 from batchnorm.doctor.contents import shuffled
 from batchnorm.doctor.data import mates, processes, steps
 from batchnorm.doctor.data.differences import Differences
+from batchnorm.doctor.data.failure import failure
 from batchnorm.doctor.data.layers import layers_of
 from batchnorm.doctor.data.merge import without_images
 from batchnorm.doctor.data.noise import population
 from batchnorm.doctor.data.observed import Observed, merged
 from batchnorm.doctor.data.outputs import kept, score
 from batchnorm.doctor.data.watch import Pass, Watch
-from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.snapshot import Snapshot, unchanged
 from batchnorm.doctor.subject import Subject
 from batchnorm.model.calling import call, evaluating, to_device, uncompiled, unwrapped
 
 _STEPS = 3
-_SHOWN = 300
-
-
-@check(
-    "BN200",
-    "the forward raises",
-    severity="error",
-    why="What comes after it was not examined.",
-    fix="Give the batches that the model takes, or forward=lambda model, batch: ...",
-    needs_data=True,
-)
-def raises(check: Check, subject: Subject) -> Iterator[Finding]:
-    if subject.observed.failure is not None:
-        yield subject.observed.failure
+# Tried as the source of other batch mates for the first batch.
+_OTHERS = (1, 2)
 
 
 def total_steps(subject: Subject) -> int:
@@ -67,6 +54,7 @@ class _Observer:
         self.part, self.observed = Observed(), Observed(self.layers)
         self.by_batch = Pass()
         self.alike = True
+        self.error: Exception | None = None
 
     def run(self) -> Observed:
         if not self.subject.contents:
@@ -76,7 +64,8 @@ class _Observer:
             parts = ranks.together(lambda: self._look(found))
             found.restore()
             self.observed = self._merge(parts)
-            self._merge_again(ranks.together(lambda: self._look_again(found)))
+            self._look_again(found)
+            self._merge_again(ranks.together(self._seen_again))
         if not ranks.given:
             assert parts[0].process is not None
             self.observed.processes = processes.gather(parts[0].process)
@@ -114,34 +103,58 @@ class _Observer:
     def _of(self, parts: list[Observed]) -> list[Observed]:
         return parts if self.alike else [parts[self.subject.ranks.place]]
 
-    def _look_again(self, found: Snapshot) -> Observed:
-        """Recalibrated, with other batch mates, and in training."""
+    def _look_again(self, found: Snapshot) -> None:
+        """Recalibrated, with other batch mates, and in training.
+
+        The ranks give each other batches meanwhile, so what fails in one must not end it: see `_attempt`.
+        """
         seen = self.observed
         self.part = Observed(failure=seen.failure)
         if seen.failure is None and seen.not_finite is None:
-            self._recalibrate()
-            found.restore()
+            self._attempt(self._recalibrate)
+            self.by_batch = Pass()  # room for batches of other ranks
+            self._attempt(found.restore)
             self._mates()
-        found.restore()
+        self._attempt(found.restore)
         self._train()
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        """Unless something has failed; it is raised when no other rank waits for a batch of this one."""
+        try:
+            if self.error is None:
+                work()
+        except Exception as error:
+            self.error = error
+
+    def _seen_again(self) -> Observed:
+        if self.error is not None:
+            raise self.error
         return self.part
 
     def _merge_again(self, parts: list[Observed]) -> None:
+        """Of batch mates and steps each rank keeps its own, which were on the same batches.
+
+        Where the ranks do not say the same of them, the report tells which does.
+        """
         again, seen = merged(self._of(parts)), self.observed
         seen.recalibrated, seen.of_recalibrated = again.recalibrated, again.of_recalibrated
-        seen.mates, seen.steps, seen.failure = again.mates, again.steps, again.failure
+        seen.failure = again.failure
+        # One without batches, where the others' could not be sent, has seen nothing.
+        own = parts[self.subject.ranks.place]
+        seen.mates = next((part.mates for part in [own, *self._of(parts)] if part.mates), None)
+        seen.steps = next((part.steps for part in [own, *self._of(parts)] if part.steps.tried), own.steps)
 
     def _pass(self, *, by_batch: bool) -> Watch:
         watch = Watch(self.network, self.layers, by_batch=by_batch)
         with watch.on():
-            for number, batch in enumerate(self.subject.batches):
-                watch.begin(self.subject.numbers[number])
+            for number, batch in zip(self.subject.numbers, self.subject.batches, strict=True):
+                watch.begin(number)
                 before = {name: layer.statistics for name, layer in self.layers.items()}
                 try:
                     with evaluating(self.network):
                         output = self._call(batch, number)
                 except Exception as error:
-                    self._fail(error, watch.inside[-1] if watch.inside else None, number)
+                    self._fail(error, watch, number)
                     break
                 finally:
                     if not by_batch:
@@ -152,7 +165,8 @@ class _Observer:
         return watch
 
     def _call(self, batch: Any, number: int) -> Any:
-        return call(self.network, batch, self.subject.forward, "diagnose", f"batch {number + 1}")
+        named, _ = self.subject.named(number)
+        return call(self.network, batch, self.subject.forward, "diagnose", named)
 
     def _score(self, watch: Watch, output: Any, batch: Any, number: int) -> None:
         device = next((tensor.device for tensor in self.network.parameters()), None)
@@ -170,24 +184,9 @@ class _Observer:
                 moved_in_eval[name] = max(moved, moved_in_eval.get(name, 0.0))
                 layer.write(*statistics)
 
-    def _fail(self, error: Exception, layer: str | None, number: int, what: str = "the forward") -> None:
-        if self.part.failure is not None:
-            return
-        ranks = self.subject.ranks
-        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        message = " ".join(str(cause).split())[:_SHOWN]
-        module = None if not layer else type(self.network.get_submodule(layer)).__name__
-        where = f" in {module} {layer!r}" if layer else ""
-        rank = {} if ranks.alone else {"rank": ranks.names[ranks.place]}
-        whose = f" of rank {rank['rank']}" if rank else ""
-        self.part.failure = CHECKS["BN200"].finding(
-            layer or None,
-            f"{what} raises {type(cause).__name__}{where} on batch {number + 1}{whose}: {message}",
-            batch=number + 1,
-            error=type(cause).__name__,
-            severity=None,
-            **rank,
-        )
+    def _fail(self, error: Exception, watch: Watch | None, number: int, what: str = "the forward") -> None:
+        if self.part.failure is None:
+            self.part.failure = failure(self.subject, error, watch, number, what)
 
     def _recalibrate(self) -> None:
         written = False
@@ -201,24 +200,43 @@ class _Observer:
             self.part.recalibrated = Pass(scores=seen.scores)
             self.part.of_recalibrated = Differences.of(seen, self.by_batch)
 
+    def _batch(self, number: int) -> tuple[int, Any] | None:
+        """One for all ranks to look at, and its number; models that differ take batches of their own."""
+        subject = self.subject
+        return subject.batch_of_all(number) if self.alike else subject.own_batch(number)
+
     def _mates(self) -> None:
+        first = self._batch(0)
+        exchanged = None
+        for number in _OTHERS[: len(self.subject.contents) - 1]:
+            other = self._batch(number)
+            if exchanged is None and first is not None and other is not None and other[0] != first[0]:
+                exchanged = mates.with_mates_of(first[1], other[1])
+        if first is not None:
+            self._attempt(lambda: self._compare(*first, exchanged))
+
+    def _compare(self, number: int, batch: Any, exchanged: Any) -> None:
         def run(batch: Any) -> Any:
             with evaluating(self.network):
-                return self._call(batch, 0)
+                return self._call(batch, number)
 
-        if not self.subject.batches:
-            return
         try:
-            self.part.mates = mates.compare(self.network, self.subject.batches, run)
+            self.part.mates = mates.compare(self.network, batch, exchanged, run)
         except Exception:  # a batch that cannot be taken apart says nothing about the model
             self.part.mates = None
         self.on_steps(1)
 
     def _train(self) -> None:
-        """Training steps, without processes: what is synchronised would wait for the others."""
-        seen, batches = self.part.steps, self.subject.batches
-        if not batches:
-            return
+        """Training steps, each on the same batch in all ranks."""
+        self._attempt(self._ready_to_train)
+        watch = Watch(self.network, {}, by_batch=False)
+        for step in range(_STEPS):
+            batch = self._batch(step % len(self.subject.contents))
+            if batch is not None and self.part.steps.tried == self.part.steps.steps:
+                self._attempt(lambda batch=batch: self._step(watch, *batch))  # type: ignore[misc]
+
+    def _ready_to_train(self) -> None:
+        """Without processes: what is synchronised would wait for the others."""
         steps.stand_in(self.network)
         for layer in self.layers.values():
             _train_alone(layer.module)
@@ -226,24 +244,24 @@ class _Observer:
         for name, module in self.network.named_modules():
             # torch's SyncBatchNorm trains on GPUs alone.
             module.train(name not in frozen and not isinstance(module, nn.SyncBatchNorm))
-        watch = Watch(self.network, {}, by_batch=False)
-        for number in range(_STEPS):
-            batch = batches[number % len(batches)]
-            try:
-                with watch.stack(), uncompiled():
-                    watch.begin(number)
-                    steps.step(
-                        seen,
-                        self.network,
-                        self.layers,
-                        lambda batch=batch, number=number: self._call(batch, number),  # type: ignore[misc]
-                        lambda output, batch=batch: self._loss(output, batch),  # type: ignore[misc]
-                    )
-            except Exception as error:
-                if not _one_value(error):
-                    inside = watch.inside[-1] if watch.inside else None
-                    self._fail(error, inside, number % len(batches), "a training step")
-                break
+
+    def _step(self, watch: Watch, number: int, batch: Any) -> None:
+        seen = self.part.steps
+        seen.tried += 1
+        try:
+            with watch.stack(), uncompiled():
+                watch.begin(number)
+                steps.step(
+                    seen,
+                    self.network,
+                    self.layers,
+                    lambda: self._call(batch, number),
+                    lambda output: self._loss(output, batch),
+                )
+        except Exception as error:
+            if not _one_value(error):
+                seen.failure = failure(self.subject, error, watch, number, "a training step")
+        else:
             self.on_steps(1)
 
     def _loss(self, output: Any, batch: Any) -> Tensor | None:

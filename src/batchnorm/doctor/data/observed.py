@@ -14,9 +14,7 @@ from batchnorm.doctor.data.merge import (
     earliest,
     largest,
     merge_differences,
-    merge_mates,
     merge_passes,
-    merge_steps,
 )
 from batchnorm.doctor.data.noise import Population, population
 from batchnorm.doctor.data.padding import Padding
@@ -24,8 +22,8 @@ from batchnorm.doctor.data.processes import Process, Processes
 from batchnorm.doctor.data.steps import Steps
 from batchnorm.doctor.data.watch import NotFinite, Pass
 from batchnorm.doctor.finding import Finding
-from batchnorm.doctor.packing import sent
 from batchnorm.doctor.pictures import LayerPicture
+from batchnorm.model.packing import sent
 
 
 @sent
@@ -97,7 +95,7 @@ def merged(parts: Sequence[Observed]) -> Observed:
         recalibrated=merge_passes(recalibrated) if recalibrated else None,
         of_recalibrated=merge_differences([part.of_recalibrated for part in parts]),
         populations={name: population(calls) for name, calls in by_batch.statistics.items()},
-        not_finite=earliest(part.not_finite for part in parts),
+        not_finite=first_not_finite([part.not_finite for part in parts]),
         moved_in_eval=largest([part.moved_in_eval for part in parts]),
         in_training_mode=set().union(*[part.in_training_mode for part in parts]),
         largest=largest([part.largest for part in parts]),
@@ -107,13 +105,17 @@ def merged(parts: Sequence[Observed]) -> Observed:
             for name in paddings
             if (found := earliest(part.padding.get(name) for part in parts)) is not None
         },
-        steps=merge_steps([part.steps for part in parts]),
-        mates=merge_mates(part.mates for part in parts),
         failure=first_failure([part.failure for part in parts]),
     )
 
 
+def first_not_finite(found: Sequence[NotFinite | None]) -> NotFinite | None:
+    """In eval mode, else by the batch."""
+    in_eval = [one for one in found if one is not None and not one.by_batch]
+    return earliest(in_eval or found)
+
+
 def first_failure(failures: Sequence[Finding | None]) -> Finding | None:
-    """That of the first batch of a rank that failed."""
+    """That of the first batch that failed."""
     known = [failure for failure in failures if failure is not None]
     return min(known, key=lambda failure: int(failure.evidence["batch"] or 0), default=None)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.doctor.contents import labels
-from batchnorm.doctor.packing import sent
 from batchnorm.model.nested import tensors_in
+from batchnorm.model.packing import sent
 
 # Of an output, enough to compare by: a segmentation of large images would not fit many times.
 _ELEMENTS = 2**20

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.doctor.data.noise import BatchStatistics, take
-from batchnorm.doctor.packing import sent
+from batchnorm.model.packing import sent
 
 
 @sent

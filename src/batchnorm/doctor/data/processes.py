@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from batchnorm.doctor.data.layers import Layer
 from batchnorm.doctor.data.noise import Population
-from batchnorm.doctor.packing import sent
-from batchnorm.doctor.ranks import Ranks
+from batchnorm.model.packing import sent
+from batchnorm.model.ranks import Ranks
 
 _SECONDS = 20
 
@@ -79,7 +79,7 @@ def gather(mine: Process) -> Processes | None:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
         return None
-    ranks = Ranks(dist.group.WORLD, timedelta(seconds=_SECONDS))
+    ranks = Ranks(dist.group.WORLD, "diagnose", timedelta(seconds=_SECONDS))
     missing = _missing()
     if missing is not None:
         return Processes(ranks.names, failure=missing)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from batchnorm.doctor.data.layers import Layer
 from batchnorm.doctor.data.outputs import first_tensor
+from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.held import graph_nodes, held_tensors
-from batchnorm.doctor.packing import sent
 from batchnorm.model.batch_norms import batches_counted
+from batchnorm.model.packing import sent
 
 
 @sent
@@ -28,13 +29,17 @@ class Steps:
         moves: by layer, how often its counter went up in a step's forward.
         nodes: by module, autograd nodes that its tensors keep alive after the step.
         bytes: by module, what its tensors hold after the step.
+        tried, steps: how many were begun, and came to their end.
+        failure: of a step.
     """
 
     moved_in_backward: dict[str, float] = field(default_factory=dict)
     moves: dict[str, list[int]] = field(default_factory=dict)
     nodes: dict[str, list[int]] = field(default_factory=dict)
     bytes: dict[str, list[int]] = field(default_factory=dict)
+    tried: int = 0
     steps: int = 0
+    failure: Finding | None = None
 
 
 def step(

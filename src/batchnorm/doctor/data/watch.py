@@ -15,7 +15,7 @@ from batchnorm.doctor.data.layers import Layer
 from batchnorm.doctor.data.noise import BatchStatistics, take
 from batchnorm.doctor.data.outputs import Score, first_tensor
 from batchnorm.doctor.data.padding import Padding, find_padding
-from batchnorm.doctor.packing import sent
+from batchnorm.model.packing import sent
 
 _RECTIFIERS = {
     getattr(owner, name)
@@ -48,8 +48,9 @@ class Pass:
 @sent
 @dataclass(frozen=True)
 class NotFinite:
-    """The first tensor with inf or NaN: in which batch, whose it is, and of which kind."""
+    """The first tensor with inf or NaN: in which pass and batch, whose it is, and of which kind."""
 
+    by_batch: bool
     batch: int
     layer: str | None
     kind: str
@@ -101,7 +102,7 @@ class Watch:
         for name, module in self.network.named_modules():
             handles.append(module.register_forward_pre_hook(self._entering(name)))
             handles.append(module.register_forward_hook(self._leaving(name)))
-        self.not_finite = NotFinite(0, None, "", 0.0)  # nothing is looked at
+        self.not_finite = NotFinite(self.by_batch, 0, None, "", 0.0)  # nothing is looked at
         try:
             yield
         finally:
@@ -140,7 +141,8 @@ class Watch:
             bad = ~torch.isfinite(tensor.detach())
             if bool(bad.any()):  # the sum of finite values may overflow
                 kind = "NaN" if bool(torch.isnan(tensor.detach()).any()) else "inf"
-                self.not_finite = NotFinite(self.batch, name, kind, float(bad.float().mean()))
+                share = float(bad.float().mean())
+                self.not_finite = NotFinite(self.by_batch, self.batch, name, kind, share)
 
     def _before(self, layer: Layer) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -43,3 +43,6 @@ TABLE_ROWS = 5
 # Rows of numbers per column, in the tensors' dtype, that `groups.py` and `rows.py` apply and sum by.
 MEANS, SCALES, SHIFTS, BY_GRAD, BY_X, CONSTANTS = _count(0, 6)
 COLUMN_ROWS = 6
+
+# Float64 numbers in a cache line: vectors that lie across two are read and written at half the speed.
+LINE = np.int64(8)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import platform
 import stat
 import sys
 import tempfile
@@ -145,7 +146,9 @@ def _target_machine() -> Any:
 
 
 def _features() -> str:
-    return str(llvm.get_host_cpu_features().flatten())
+    features = str(llvm.get_host_cpu_features().flatten())
+    # Vectors of 512 bits run further ahead of memory than its prefetching follows: half the speed at worst.
+    return features + ",+prefer-256-bit" if platform.machine() in ("x86_64", "AMD64") else features
 
 
 def _read(path: Path) -> bytes | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu import team
 from batchnorm.kernels.layout import layout_of
 
@@ -128,7 +129,7 @@ def plan(
 def _rows(rows: int, channels: int, dtype: torch.dtype, threads: int) -> Plan:
     together = max(1, min(_WIDE_ROW // channels, rows))
     columns = together * channels
-    found = threads * (2 * columns + 2)
+    found = threads * (2 * columns + int(f.LINE))
     return Plan(
         "rows",
         dtype,

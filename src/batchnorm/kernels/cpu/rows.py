@@ -33,6 +33,8 @@ from batchnorm.kernels.cpu.runs import loop
 TILE_COLUMNS = 2048
 BLOCK = 262144
 MOST_ROWS = 256
+# Rows of more columns are summed one at a time: four streams side by side are read more slowly than one.
+NARROW_ROW = 64
 
 # Rows of sums, as wide as a wide row, that each thread needs behind those that all share.
 THREAD_ROWS = 3
@@ -41,7 +43,7 @@ THREAD_ROWS = 3
 @loop
 def add_rows(x, rows, width, stride, sums):
     """Adds to `sums` the sum of each column."""
-    fours = rows // 4
+    fours = rows // 4 if width <= NARROW_ROW else 0
     for four in range(fours):
         # Four rows at a time: a quarter of the traffic to the sums.
         a = 4 * four * stride
@@ -58,7 +60,7 @@ def add_rows(x, rows, width, stride, sums):
 @loop
 def add_centred_rows(x, rows, width, stride, centre, first, second):
     """Adds to `first` and `second` the sums of `x - centre` and of its square, for each column."""
-    fours = rows // 4
+    fours = rows // 4 if width <= NARROW_ROW else 0
     for four in range(fours):
         a = 4 * four * stride
         b = a + stride
@@ -162,7 +164,7 @@ def found_by(raw, thread):
     """Two float64 numbers per column that this thread leaves for the merge, and two it keeps behind them."""
     fields = fields_of(raw, np.int64)
     width = fields[f.CHANNELS] * fields[f.POSITIONS]
-    first = at(pointer(fields[f.WORK], np.float64), (2 * width + 2) * thread)
+    first = at(pointer(fields[f.WORK], np.float64), (2 * width + f.LINE) * thread)
     return first, at(first, width)
 
 

@@ -38,6 +38,17 @@ def unpacked(numbers: Tensor) -> Any:
     return _Reader(numbers[start:]).value(tree)
 
 
+def comes_back(value: Any) -> bool:
+    """Whether a value can be packed and is then what it was: a batch may be an object of any class."""
+    if type(value) is Tensor:
+        return value.layout == torch.strided and not value.requires_grad and not value.is_quantized
+    if type(value) in (list, tuple):
+        return all(map(comes_back, value))
+    if type(value) is dict:
+        return all(type(key) is str and comes_back(inner) for key, inner in value.items())
+    return value is None or type(value) in (str, int, float, bool)
+
+
 def _tree(value: Any, raw: list[Tensor]) -> Any:
     """`value` in JSON's types; the bytes of its tensors go to `raw`."""
     if isinstance(value, Tensor):

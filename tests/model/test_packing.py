@@ -1,15 +1,17 @@
 """Packing: what comes out of the bytes is what went in, and no class that is not asked for."""
 
 import math
+from collections import OrderedDict
+from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchnorm.doctor.data.noise import take
 from batchnorm.doctor.data.watch import Pass
 from batchnorm.doctor.finding import Finding
-from batchnorm.doctor.packing import packed, unpacked
+from batchnorm.model.packing import comes_back, packed, unpacked
 
 
 def test_values_come_back() -> None:
@@ -54,3 +56,26 @@ def test_a_class_that_is_not_sent_is_refused() -> None:
         unpacked(torch.tensor(list(spoiled), dtype=torch.uint8))
     with pytest.raises(TypeError, match="object"):
         packed(object())
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: int
+
+
+@pytest.mark.parametrize(
+    ("value", "does"),
+    [
+        ((torch.zeros(2), {"mask": [torch.ones(1), None, "a", 2, 0.5, True]}), True),
+        (Pair(torch.zeros(2), 1), False),
+        ({1: torch.zeros(2)}, False),
+        (OrderedDict(x=torch.zeros(2)), False),
+        ([torch.zeros(2, requires_grad=True)], False),
+        (nn.Parameter(torch.zeros(2)), False),
+        (torch.zeros(2, 2).to_sparse(), False),
+        (object(), False),
+    ],
+    ids=str,
+)
+def test_what_comes_back_as_it_was(value: object, does: bool) -> None:
+    assert comes_back(value) == does

@@ -1,0 +1,46 @@
+"""BN200: a forward, a loss or a training step that raises, and in which module of which batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from batchnorm.doctor.check import CHECKS, Check, check
+from batchnorm.doctor.data.observed import Observed
+from batchnorm.doctor.data.watch import Watch
+from batchnorm.doctor.finding import Finding
+from batchnorm.doctor.subject import Subject
+from batchnorm.model.calling import unwrapped
+
+_SHOWN = 300
+
+
+@check(
+    "BN200",
+    "the forward raises",
+    severity="error",
+    why="What comes after it was not examined.",
+    fix="Give the batches that the model takes, or forward=lambda model, batch: ...",
+    needs_data=True,
+)
+def raises(check: Check, subject: Subject) -> Iterator[Finding]:
+    observed: Observed = subject.observed
+    found = observed.failure or observed.steps.failure
+    if found is not None:
+        yield found
+
+
+def failure(subject: Subject, error: Exception, watch: Watch | None, number: int, what: str) -> Finding:
+    """The finding for an error on a batch; in the module whose forward `watch` saw running."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    message = " ".join(str(cause).split())[:_SHOWN]
+    layer = watch.inside[-1] if watch is not None and watch.inside else None
+    module = None if not layer else type(unwrapped(subject.model).get_submodule(layer)).__name__
+    where = f" in {module} {layer!r}" if layer else ""
+    batch, whose = subject.named(number)
+    return CHECKS["BN200"].finding(
+        layer or None,
+        f"{what} raises {type(cause).__name__}{where} on {batch}: {message}",
+        error=type(cause).__name__,
+        severity=None,
+        **whose,
+    )
