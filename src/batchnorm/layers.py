@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm import checks, distributed, functional, running
+from batchnorm import checks, distributed, functional, running, synchronised
 from batchnorm.context import under_transform
 from batchnorm.kernels import choose, reference
 from batchnorm.kernels.reference import ACTIVATIONS
@@ -232,7 +232,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         moments: Moments | None
         try:
             if group is not None:
-                y, moments = distributed.normalize(*tensors, group, self, **options)
+                y, moments = synchronised.normalize(*tensors, group, self, **options)
             else:
                 y, moments = functional.normalize(
                     *tensors,

@@ -18,11 +18,18 @@ import torch
 import torch.distributed as dist
 
 import batchnorm as bn
-from tests.distributed import cases, join_cases, model_cases, recalibrate_cases, training_cases
+from tests.distributed import (
+    cases,
+    join_cases,
+    kernel_cases,
+    model_cases,
+    recalibrate_cases,
+    training_cases,
+)
 from tests.distributed.cases import CASES, C, case
 
 # Imported for the cases they register.
-__all__ = ["CASES", "join_cases", "model_cases", "recalibrate_cases", "training_cases"]
+__all__ = ["CASES", "join_cases", "kernel_cases", "model_cases", "recalibrate_cases", "training_cases"]
 
 
 @case(2)

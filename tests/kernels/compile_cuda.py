@@ -58,7 +58,7 @@ def main():
             given = ("mean_given", "var_given") if slope_from == "x" else ()
             compiled = [
                 binary(forward.apply, *dtypes, ("weight", "bias", *given), **applied),
-                binary(backward.take_sums, *dtypes, no_extra, **sliding),
+                binary(backward.take_sums, *dtypes, ("grad_z", *no_extra) if no_extra else (), **sliding),
                 binary(backward.grad, *dtypes, ("grad_z", *no_extra), **sliding),
             ]
             count += len([code for code in compiled if len(code) > 0])

@@ -49,10 +49,7 @@ class Call(ABC):
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.versions: list[int] = []
-        if residual is None or self.activation is None:
-            self.slope_from = "x"
-        else:
-            self.slope_from = "output" if activation in _SLOPE_FROM_OUTPUT else "residual"
+        self.slope_from = slope_from(self.activation, residual)
 
     @abstractmethod
     def forward(
@@ -161,10 +158,17 @@ class _Normalise(torch.autograd.Function):
         call, (x, *rest) = ctx.call, ctx.saved_tensors
         extra = rest[0] if rest else None
         wanted, create_graph = ctx.needs_input_grad[:4], torch.is_grad_enabled()
-        if not create_graph and _has_memory(grad_y):
+        if not create_graph and has_memory(grad_y):
             return (*call.backward(grad_y, x, extra, wanted), None)
         with torch.enable_grad():
             return (*call.backward_by_torch(grad_y, x, extra, wanted, create_graph), None)
+
+
+def slope_from(activation: str | None, residual: Tensor | None) -> str:
+    """What is to be saved, besides x, to tell the slope of the activation: see `Call`."""
+    if residual is None or activation is None:
+        return "x"
+    return "output" if activation in _SLOPE_FROM_OUTPUT else "residual"
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -193,7 +197,7 @@ def _offer(y: Tensor, x: Tensor, residual: Tensor | None, call: Call) -> None:
         recipes.offer(y, (x, residual), call.again)
 
 
-def _has_memory(tensor: Tensor) -> bool:
+def has_memory(tensor: Tensor) -> bool:
     """Whether there are numbers to point at: gradients under vmap have none, nor have some zeros."""
     try:
         return tensor.data_ptr() != 0

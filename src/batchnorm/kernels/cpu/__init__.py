@@ -1,9 +1,9 @@
-"""Batch norm on the CPU at the speed of memory: compiled kernels, and the autograd function around them."""
+"""Batch norm on the CPU at the speed of memory: the kernels behind the signatures of `reference`, and the
+statistics and the application apart, for what goes on between them in several processes.
+"""
 
 from __future__ import annotations
 
-import struct
-import threading
 import warnings
 from functools import cache
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from batchnorm import recipes
 from batchnorm.kernels.autograd import Call, can_run_here, in_layout_of, is_plain
 from batchnorm.kernels.cpu import fields as f
-from batchnorm.kernels.cpu import team
+from batchnorm.kernels.cpu import launch, team
 from batchnorm.kernels.cpu.pages import empty_like
 from batchnorm.kernels.cpu.plan import DTYPES, Plan, function, plan
 from batchnorm.moments import Moments
@@ -25,8 +25,6 @@ _COSTLY = frozenset({"elu", "gelu", "silu", "mish", "sigmoid", "tanh"})
 # For fewer values torch's operator is done before a kernel called from Python has begun: without gradients,
 # with them (alone, or with an activation or a residual), and in eval mode, where torch's needs one pass.
 SMALLEST, SMALLEST_WITH_GRADIENT, SMALLEST_FUSED, SMALLEST_IN_EVAL = 4096, 65536, 32768, 131072
-
-_pack = struct.Struct(f.FORMAT).pack
 
 
 def supports(
@@ -107,7 +105,7 @@ def training(
     """As `reference.training`."""
     call = _Call(x, channel_dim, f.OF_BATCH, eps, activation, residual)
     y = call.run(x, weight, bias, residual)
-    count = torch.full((), x.numel() // call.plan.channels, dtype=torch.float64)
+    count = torch.full((), call.plan.count, dtype=torch.float64)
     return y, Moments(count, call.table[f.MEAN], call.table[f.M2])
 
 
@@ -174,25 +172,18 @@ class _Call(Call):
         assert the_plan is not None  # by `supports`
         self.plan = the_plan
         self.statistics = statistics
-        self.table = torch.empty((f.TABLE_ROWS, the_plan.channels), dtype=torch.float64)
+        self.table = launch.new_table(the_plan)
         # Addresses of the running mean, variance and counter, and the momentum.
         self.running = (0, 0, 0, 0.0)
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
-        the_plan = self.plan
         y = empty_like(x)
-        work = _work_memory(the_plan.work)
-        kernel, applied = the_plan.forward(self.activation, residual is not None)
-        mean, var, counter, momentum = self.running
-        fields = _pack(
-            x.data_ptr(), y.data_ptr(), _address(residual), 0, 0, 0,
-            _address(weight), _address(bias), mean, var, 0, 0,
-            self.table.data_ptr(), work, work + 8 * the_plan.typed, applied, 0, 0, 0,
-            *the_plan.geometry, self.statistics, 0, 0, counter, self.eps, momentum,
+        launch.run_forward(
+            self.plan, self.table, x, y, residual, self.statistics, self.plan.count, weight, bias,
+            self.running, self.eps, self.activation,
         )  # fmt: skip
-        team.runner()(kernel, fields, the_plan.threads, 0)
         return y
 
     def prepare_again(self) -> None:
@@ -207,10 +198,9 @@ class _Call(Call):
         self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight, bias and residual."""
-        the_plan, activation = self.plan, self.activation
+        the_plan, activation, by_batch = self.plan, self.activation, self.by_batch
         wants_x, wants_weight, wants_bias, wants_residual = wanted
         grad_y = in_layout_of(x, grad_y)
-        by_batch = self.by_batch
         grad_x = empty_like(x) if wants_x else None
         grad_weight = torch.empty(the_plan.channels, dtype=x.dtype) if wants_weight else None
         grad_bias = torch.empty(the_plan.channels, dtype=x.dtype) if wants_bias else None
@@ -220,34 +210,132 @@ class _Call(Call):
             grad_z = None if activation is None else grad_residual
         elif wants_x and activation in _COSTLY:
             grad_z = grad_x
-        stored = grad_z is not None
-        reduces = by_batch or wants_weight or wants_bias or stored
+        reduces = by_batch or wants_weight or wants_bias or grad_z is not None
         if reduces or wants_x:
-            kernel, sums, one_run, gradient = the_plan.backward(
-                activation, self.slope_from, stored, by_batch, reduces, wants_x
-            )
-            work = _work_memory(the_plan.work)
-            fields = _pack(
-                x.data_ptr(), 0, _address(extra), grad_y.data_ptr(), _address(grad_x), _address(grad_z),
-                0, 0, 0, 0, _address(grad_weight), _address(grad_bias),
-                self.table.data_ptr(), work, work + 8 * the_plan.typed, 0, sums, one_run, gradient,
-                *the_plan.geometry, 0, by_batch, stored, 0, 0.0, 0.0,
+            launch.run_backward(
+                the_plan, self.table, x, extra, grad_y, grad_x, grad_z, grad_weight, grad_bias,
+                None, None, by_batch, reduces, activation, self.slope_from,
             )  # fmt: skip
-            team.runner()(kernel, fields, the_plan.threads, 0)
         return grad_x, grad_weight, grad_bias, grad_residual
 
 
-def _work_memory(numbers: int) -> int:
-    """The address of scratch memory for a call of this thread: allocating it would cost a small layer as much
-    as its sums."""
-    memory = getattr(_scratch, "memory", None)
-    if memory is None or memory.numel() < numbers:
-        memory = _scratch.memory = torch.empty(numbers, dtype=torch.float64)
-    return int(memory.data_ptr())
+# The statistics and the application apart: what each process of several does before and after they add up
+# `Moments` (by merging them) and sums, as those of `cuda`.
 
 
-_scratch = threading.local()
+def statistics(x: Tensor, *, channel_dim: int) -> Moments:
+    """Count, mean and m2 of each channel of x, all float64; not differentiable."""
+    the_plan = _plan_of(x, channel_dim)
+    table = launch.new_table(the_plan)
+    launch.run_forward(the_plan, table, x, None, None, f.OF_BATCH, the_plan.count)
+    count = torch.full((), the_plan.count, dtype=torch.float64)
+    return Moments(count, table[f.MEAN], table[f.M2])
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def apply(
+    x: Tensor,
+    moments: Moments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    channel_dim: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The output by the moments of all processes, and a table of what it was normalised by, for the backward.
+
+    Args:
+        moments: with one count for all channels.
+        activation: of `autograd.FUSED`.
+        residual: in the memory layout of x.
+    """
+    the_plan, y = _plan_of(x, channel_dim), empty_like(x)
+    table = launch.new_table(the_plan)
+    torch.stack([moments.mean, moments.m2], out=table[: f.M2 + 1])
+    launch.run_forward(
+        the_plan, table, x, y, residual, f.OF_MOMENTS, float(moments.count), weight, bias,
+        eps=eps, activation=activation,
+    )  # fmt: skip
+    return y, table
+
+
+def apply_again(
+    x: Tensor,
+    table: Tensor,
+    *,
+    channel_dim: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The output of `apply` once more, to the bit."""
+    the_plan, y = _plan_of(x, channel_dim), empty_like(x)
+    launch.run_forward(the_plan, table, x, y, residual, f.OF_TABLE, the_plan.count, activation=activation)
+    return y
+
+
+def backward_sums(
+    grad_y: Tensor,
+    x: Tensor,
+    table: Tensor,
+    *,
+    channel_dim: int,
+    activation: str | None = None,
+    slope_from: str = "x",
+    extra: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`sum(g)` and `sum(g * (x - mean))` by this process's values, for g the gradient before the activation.
+
+    Args:
+        table: from `apply`.
+        slope_from: as that of `autograd.Call`, with the residual or the output as `extra`.
+
+    Returns:
+        The sums, (2, C) in float64, by the mean rounded to the dtype of x; and g, which is the gradient of a
+        residual, where it was kept: then `backward_apply` takes it without the activation.
+    """
+    the_plan, grad_y = _plan_of(x, channel_dim), in_layout_of(x, grad_y)
+    keeps = activation in _COSTLY or (activation is not None and extra is not None)
+    grad_z = empty_like(x) if keeps else None
+    sums = torch.empty((2, the_plan.channels), dtype=torch.float64)
+    launch.run_backward(
+        the_plan, table, x, extra, grad_y, None, grad_z, None, None, sums, None, True, True, activation,
+        slope_from,
+    )  # fmt: skip
+    return sums, grad_z
+
+
+def backward_apply(
+    grad: Tensor,
+    x: Tensor,
+    table: Tensor,
+    coefficients: Tensor,
+    *,
+    channel_dim: int,
+    activation: str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The gradient of x, `scale * g + by_x * (x - mean) + constant`, by the mean rounded to the dtype of x.
+
+    Args:
+        grad: of y; or that before the activation, as g, without an activation.
+        coefficients: by_x and constant, (2, C) in float64.
+        out: where to write it, in the memory layout of x; may be `grad` itself.
+    """
+    the_plan, grad = _plan_of(x, channel_dim), in_layout_of(x, grad)
+    grad_x = empty_like(x) if out is None else out
+    launch.run_backward(
+        the_plan, table, x, None, grad, grad_x, None, None, None, None, coefficients, True, False, activation,
+        "x",
+    )  # fmt: skip
+    return grad_x
+
+
+def _plan_of(x: Tensor, channel_dim: int) -> Plan:
+    the_plan = _plan(x, channel_dim)
+    if the_plan is None:
+        raise ValueError(
+            "expected an input that is contiguous or has its channels last, got strides "
+            f"{x.stride()} for shape {tuple(x.shape)}: make it so with x.contiguous()"
+        )
+    return the_plan

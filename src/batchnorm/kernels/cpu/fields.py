@@ -26,12 +26,15 @@ TILE, SAMPLE_PARTS, POSITION_PARTS = _count(22, 25)
 STATISTICS, BY_BATCH, STORED = _count(25, 28)
 # Address of the layer's num_batches_tracked.
 NUM_BATCHES = np.int64(28)
-EPS, MOMENTUM = _count(29, 31)
+# Addresses of two numbers per channel: sums to leave; coefficients to take, instead of those by the sums.
+SUMS, COEFFICIENTS = _count(29, 31)
+# Of all the values in the statistics, some of which other processes may have, per channel.
+COUNT, EPS, MOMENTUM = _count(31, 34)
 
-FORMAT = "29q2d"
+FORMAT = "31q3d"
 
-# What STATISTICS says to normalise by.
-OF_BATCH, RUNNING, OF_TABLE = _count(0, 3)
+# What STATISTICS says to normalise by: OF_MOMENTS is by those in the table.
+OF_BATCH, RUNNING, OF_TABLE, OF_MOMENTS = _count(0, 4)
 
 # Rows of a layer's table: float64, one number per channel.
 MEAN, M2, SCALE, SHIFT, INVSTD = _count(0, 5)

@@ -15,11 +15,7 @@ import numpy as np
 
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu.activations import Real
-from batchnorm.kernels.cpu.memory import at, call, fields_of, pointer
-from batchnorm.kernels.cpu.rows import add_rows, rows_per_block, sum_centred_rows
-from batchnorm.kernels.cpu.runs import loop
-from batchnorm.kernels.cpu.slabs import FIRST, exact_moments, total
-from batchnorm.kernels.cpu.statistics import (
+from batchnorm.kernels.cpu.channel import (
     applied_statistics,
     finish_gradient,
     finish_statistics,
@@ -30,6 +26,10 @@ from batchnorm.kernels.cpu.statistics import (
     tensor,
     thread_num,
 )
+from batchnorm.kernels.cpu.memory import at, call, fields_of, pointer
+from batchnorm.kernels.cpu.rows import add_rows, rows_per_block, sum_centred_rows
+from batchnorm.kernels.cpu.runs import loop
+from batchnorm.kernels.cpu.slabs import FIRST, exact_moments, total
 
 
 @loop
@@ -107,8 +107,10 @@ def take_block(raw, table, thread, c0, c1, n0, n1, real):
 
 @loop
 def apply(raw, table, thread, c0, c1, real):
-    """Write y for the channels c0:c1."""
+    """Write y, where it is wanted, for the channels c0:c1."""
     fields = fields_of(raw, np.int64)
+    if fields[f.APPLY] == 0:
+        return
     channels, positions = fields[f.CHANNELS], fields[f.POSITIONS]
     start, width = c0 * positions, (c1 - c0) * positions
     means, scales, shifts = first_rows(raw, thread, real)
@@ -212,9 +214,8 @@ def spread_coefficients(raw, table, thread, c0, c1, real):
     """Write the coefficients of the channels' gradients into their columns."""
     fields = fields_of(raw, np.int64)
     sums, positions = pointer(fields[f.WORK], np.float64), fields[f.POSITIONS]
-    count = fields[f.SAMPLES] * positions
     for c in range(c0, c1):
-        found = finish_gradient(raw, table, c, count, sums[2 * c], sums[2 * c + 1], real)
+        found = finish_gradient(raw, table, c, sums[2 * c], sums[2 * c + 1], real)
         i = (c - c0) * positions
         fill(at(own_row(raw, thread, f.BY_GRAD, real), i), positions, real(found[0]))
         fill(at(own_row(raw, thread, f.BY_X, real), i), positions, real(found[1]))
@@ -235,7 +236,7 @@ def forward_of_group(raw, table, thread, c0, c1, real):
             n = next_n
     if fields[f.STATISTICS] != f.OF_TABLE:
         for c in range(c0, c1):
-            finish_statistics(raw, table, c, samples * positions, real)
+            finish_statistics(raw, table, c, real)
     apply(raw, table, thread, c0, c1, real)
 
 

@@ -30,7 +30,7 @@ class Plan:
 
     Attributes:
         kind: "slabs" (samples, channels, positions), "groups" (the same with short runs) or "rows".
-        channels: how many there are.
+        channels, count: how many there are, and values of each.
         geometry: samples, channels and positions (for rows, how many make a wide row); then channels per
             tile, parts of the samples, parts of the positions.
         threads: size of the team.
@@ -51,6 +51,7 @@ class Plan:
         self.kind = kind
         self.dtype = dtype
         self.channels = shape[1]
+        self.count = shape[0] * (1 if kind == "rows" else shape[2])
         self.geometry = (*shape, *cut)
         self.threads = threads
         self.work = work
@@ -64,8 +65,12 @@ class Plan:
         found = self._forward.get(key)
         if found is None:
             applied = function("apply", self._shape, self.dtype, activation, has_residual)
-            found = self._forward[key] = _kernel("forward", self.kind, self.dtype), applied
+            found = self._forward[key] = self.forward_kernel(), applied
         return found
+
+    def forward_kernel(self) -> int:
+        """Address of the forward kernel, which stops at the statistics without a function to apply."""
+        return _kernel("forward", self.kind, self.dtype)
 
     def backward(
         self,

@@ -14,9 +14,7 @@ import numpy as np
 
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu.activations import Real
-from batchnorm.kernels.cpu.memory import add_to_first, add_to_second, at, call, fields_of, get, pointer
-from batchnorm.kernels.cpu.runs import loop
-from batchnorm.kernels.cpu.statistics import (
+from batchnorm.kernels.cpu.channel import (
     applied_statistics,
     barrier,
     finish_gradient,
@@ -28,6 +26,8 @@ from batchnorm.kernels.cpu.statistics import (
     tensor,
     thread_num,
 )
+from batchnorm.kernels.cpu.memory import add_to_first, add_to_second, at, call, fields_of, get, pointer
+from batchnorm.kernels.cpu.runs import loop
 
 # Columns worked on at a time, and values per block; no more rows, as float32 holds the sums of a block.
 TILE_COLUMNS = 2048
@@ -272,9 +272,11 @@ def forward(real: Real) -> Callable[[Any], None]:
             if fields[f.STATISTICS] == f.OF_BATCH:
                 merge_channel(raw, table, c, team, real)
             if fields[f.STATISTICS] != f.OF_TABLE:
-                finish_statistics(raw, table, c, fields[f.SAMPLES], real)
+                finish_statistics(raw, table, c, real)
             spread_table(raw, table, c, real)
         barrier()
+        if fields[f.APPLY] == 0:
+            return
         width, wide, left_over, start, end = shape_of(raw, thread, team)
         while start < end:
             rows = min(rows_per_block(width), end - start)
@@ -370,7 +372,7 @@ def finish(raw, table, c, team, real):
         for j in range(fields[f.POSITIONS]):
             first += firsts[j * fields[f.CHANNELS] + c]
             second += seconds[j * fields[f.CHANNELS] + c]
-    by_grad, by_x, constant = finish_gradient(raw, table, c, fields[f.SAMPLES], first, second, real)
+    by_grad, by_x, constant = finish_gradient(raw, table, c, first, second, real)
     spread(raw, f.BY_GRAD, c, by_grad, real)
     spread(raw, f.BY_X, c, by_x, real)
     spread(raw, f.CONSTANTS, c, constant, real)

@@ -18,9 +18,7 @@ import numpy as np
 
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu.activations import Real
-from batchnorm.kernels.cpu.memory import at, call, fields_of, pointer
-from batchnorm.kernels.cpu.runs import loop, reduction
-from batchnorm.kernels.cpu.statistics import (
+from batchnorm.kernels.cpu.channel import (
     applied_statistics,
     barrier,
     finish_gradient,
@@ -32,6 +30,8 @@ from batchnorm.kernels.cpu.statistics import (
     tensor,
     thread_num,
 )
+from batchnorm.kernels.cpu.memory import at, call, fields_of, pointer
+from batchnorm.kernels.cpu.runs import loop, reduction
 
 # Values per block: 16 KiB of float32, half of a first-level cache.
 BLOCK = 4096
@@ -177,8 +177,10 @@ def merge_parts(raw, table, c):
 
 @loop
 def apply(raw, table, c0, c1, n0, n1, p0, p1, real):
-    """Write y for positions p0:p1 of samples n0:n1 of the channels c0:c1."""
+    """Write y, where it is wanted, for positions p0:p1 of samples n0:n1 of the channels c0:c1."""
     fields = fields_of(raw, np.int64)
+    if fields[f.APPLY] == 0:
+        return
     channels, positions = fields[f.CHANNELS], fields[f.POSITIONS]
     x, y, residual = tensor(raw, f.X, real), tensor(raw, f.Y, real), tensor(raw, f.EXTRA, real)
     means, scales, shifts = applied_statistics(raw, table)
@@ -203,7 +205,7 @@ def forward_by_channels(raw, table, c0, c1, real):
             moments(tensor(raw, f.X, real), channels, positions, c, last, n0, n1, p0, p1, table, real)
         if fields[f.STATISTICS] != f.OF_TABLE:
             for k in range(c, last):
-                finish_statistics(raw, table, k, n1 * p1, real)
+                finish_statistics(raw, table, k, real)
         apply(raw, table, c, last, n0, n1, p0, p1, real)
         c = last
 
@@ -212,7 +214,7 @@ def forward_by_channels(raw, table, c0, c1, real):
 def forward_by_parts(raw, table, thread, team, real):
     """A share of the parts of every channel; the threads merge what they found in between."""
     fields = fields_of(raw, np.int64)
-    samples, channels, positions = fields[f.SAMPLES], fields[f.CHANNELS], fields[f.POSITIONS]
+    channels, positions = fields[f.CHANNELS], fields[f.POSITIONS]
     parts = fields[f.SAMPLE_PARTS] * fields[f.POSITION_PARTS]
     mine = range(parts * thread // team, parts * (thread + 1) // team)
     if fields[f.STATISTICS] == f.OF_BATCH:
@@ -226,7 +228,7 @@ def forward_by_parts(raw, table, thread, team, real):
         for c in range(channels * thread // team, channels * (thread + 1) // team):
             if fields[f.STATISTICS] == f.OF_BATCH:
                 merge_parts(raw, table, c)
-            finish_statistics(raw, table, c, samples * positions, real)
+            finish_statistics(raw, table, c, real)
     barrier()
     for part in mine:
         n0, n1, p0, p1 = bounds(raw, part)
@@ -292,9 +294,7 @@ def gradient(raw, table, coefficients, c0, c1, n0, n1, p0, p1, real):
 @loop
 def finish(raw, table, coefficients, c, first, second, real):
     """Coefficients of channel c out of its sums."""
-    fields = fields_of(raw, np.int64)
-    count = fields[f.SAMPLES] * fields[f.POSITIONS]
-    by_grad, by_x, constant = finish_gradient(raw, table, c, count, first, second, real)
+    by_grad, by_x, constant = finish_gradient(raw, table, c, first, second, real)
     coefficients[3 * c] = by_grad
     coefficients[3 * c + 1] = by_x
     coefficients[3 * c + 2] = constant

@@ -237,7 +237,7 @@ class _Call(Call):
         if sums_needed:
             if wants_x and self.by_batch:
                 coefficients = torch.empty_like(self.table[:2])
-            partials = launch.take_sums(self.plan, x, extra, grad_y, self.table, activation, slope_from)
+            partials = launch.take_sums(self.plan, x, extra, grad_y, None, self.table, activation, slope_from)
             launch.merge_sums(partials, x, self.table, grad_weight, grad_bias, coefficients)
         if writes:
             launch.grad(
@@ -247,7 +247,7 @@ class _Call(Call):
 
 
 # The statistics and the application apart: what each process of several does before and after they add up
-# `Moments` (by merging them) or sums (by adding them).
+# `Moments` (by merging them) and sums, as those of `cpu`.
 
 
 def statistics(x: Tensor, *, channel_dim: int) -> Moments:
@@ -282,8 +282,7 @@ def apply(
     return launch.apply(the_plan, x, residual, table, activation), table
 
 
-def backward_sums(
-    grad_y: Tensor,
+def apply_again(
     x: Tensor,
     table: Tensor,
     *,
@@ -291,50 +290,57 @@ def backward_sums(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Sums for `backward_apply` to add up over the processes: (2, C), float64.
-
-    The first row is `sum(g)`, the gradient of the bias by this process's values, for g the gradient before
-    the activation; see `parameter_gradients` for that of the weight.
-
-    Args:
-        table: from `apply`, which has had the same other arguments.
-    """
-    the_plan, launch = _plan_of(x, channel_dim), _launch()
-    slope_from = "x" if residual is None else "residual"
-    return launch.take_sums(
-        the_plan, x, residual, in_layout_of(x, grad_y), table, activation, slope_from
-    ).sum(1)
+    """The output of `apply` once more, to the bit."""
+    return _launch().apply(_plan_of(x, channel_dim), x, residual, table, activation)
 
 
-def parameter_gradients(sums: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias by these sums, float64."""
-    launch = _launch()
-    grad_weight, grad_bias = torch.empty_like(sums[0]), torch.empty_like(sums[0])
-    launch.merge_sums(sums[:, None], x, table, grad_weight, grad_bias, None)
-    return grad_weight, grad_bias
-
-
-def backward_apply(
+def backward_sums(
     grad_y: Tensor,
     x: Tensor,
     table: Tensor,
-    sums: Tensor,
     *,
     channel_dim: int,
     activation: str | None = None,
-    residual: Tensor | None = None,
+    slope_from: str = "x",
+    extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and of the residual by the sums of all processes added up."""
-    the_plan, launch = _plan_of(x, channel_dim), _launch()
-    slope_from = "x" if residual is None else "residual"
-    coefficients, grad_x = torch.empty_like(sums), torch.empty_like(x)
-    grad_residual = None if residual is None else torch.empty_like(x)
-    launch.merge_sums(sums[:, None].contiguous(), x, table, None, None, coefficients)
-    grad_y = in_layout_of(x, grad_y)
-    launch.grad(
-        the_plan, x, residual, grad_y, grad_x, grad_residual, table, coefficients, activation, slope_from
-    )
-    return grad_x, grad_residual
+    """`sum(g)` and `sum(g * (x - mean))` by this process's values, for g the gradient before the activation.
+
+    Args:
+        table: from `apply`.
+        slope_from: as that of `autograd.Call`, with the residual or the output as `extra`.
+
+    Returns:
+        The sums, (2, C) in float64, by the mean rounded to the dtype of the statistics of x; and g, which is
+        the gradient of a residual, where it was kept: then `backward_apply` takes it without the activation.
+    """
+    the_plan, grad_y = _plan_of(x, channel_dim), in_layout_of(x, grad_y)
+    grad_z = None if activation is None or extra is None else torch.empty_like(x)
+    partials = _launch().take_sums(the_plan, x, extra, grad_y, grad_z, table, activation, slope_from)
+    return partials.sum(1), grad_z
+
+
+def backward_apply(
+    grad: Tensor,
+    x: Tensor,
+    table: Tensor,
+    coefficients: Tensor,
+    *,
+    channel_dim: int,
+    activation: str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The gradient of x, `scale * g + by_x * (x - mean) + constant`, by the mean rounded as for the sums.
+
+    Args:
+        grad: of y; or that before the activation, as g, without an activation.
+        coefficients: by_x and constant, (2, C) in float64.
+        out: where to write it, in the memory layout of x; may be `grad` itself.
+    """
+    the_plan, grad = _plan_of(x, channel_dim), in_layout_of(x, grad)
+    grad_x = torch.empty_like(x) if out is None else out
+    _launch().grad(the_plan, x, None, grad, grad_x, None, table, coefficients, activation, "x")
+    return grad_x
 
 
 def _plan_of(x: Tensor, channel_dim: int) -> Plan:

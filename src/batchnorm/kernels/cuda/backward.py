@@ -12,12 +12,13 @@ from batchnorm.kernels.cuda.tile import channels_of, from_the_end, place, total
 
 @triton.jit(do_not_specialize=["samples", "tiles", "tiles_of_positions", "parts"])
 def take_sums(
-    x, extra, grad_y, partials, table, samples, channels, positions, tiles, tiles_of_positions, parts,
+    x, extra, grad_y, grad_z, partials, table,
+    samples, channels, positions, tiles, tiles_of_positions, parts,
     ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE_FROM: tl.constexpr,
 ):  # fmt: skip
     """`sum(g)` and `sum(g * (x - rounded mean))` of each block's channels in each part of its tiles, as
-    (2, parts, channels), for g the gradient before the activation."""
+    (2, parts, channels), for g the gradient before the activation; it goes into grad_z, if that is there."""
     block, part = tl.program_id(0), tl.program_id(1)
     c, there = channels_of(block, channels, ROWS, WIDTH)
     mean, scale, shift = load_statistics(table, c, there, channels)
@@ -31,6 +32,8 @@ def take_sums(
         centred, g = _centred_and_grad(
             x, extra, grad_y, offsets, inside, mean, scale, shift, WIDE, ACTIVATION, SLOPE_FROM
         )  # fmt: skip
+        if grad_z is not None:
+            tl.store(grad_z + offsets, g, mask=inside)
         first += total(g, ROWS).to(tl.float64)
         second += total(g * centred, ROWS).to(tl.float64)
     at = partials + part * channels + c

@@ -132,16 +132,17 @@ def take_sums(
     x: Tensor,
     extra: Tensor | None,
     grad_y: Tensor,
+    grad_z: Tensor | None,
     table: Tensor,
     activation: str | None,
     slope_from: str,
 ) -> Tensor:
-    """`sum(g)` and `sum(g * (x - rounded mean))` of the parts of each channel: (2, parts, C)."""
+    """`sum(g)` and `sum(g * (x - rounded mean))` of each channel's parts, (2, parts, C); g into grad_z."""
     cut = plan.passes
     partials = torch.empty((2, cut.parts, plan.layout.channels), dtype=torch.float64, device=x.device)
     with _guard(x):
         backward.take_sums[(cut.blocks, cut.parts)](
-            x, extra, grad_y, partials, table, *_sizes(plan), cut.tiles, cut.across, cut.parts,
+            x, extra, grad_y, grad_z, partials, table, *_sizes(plan), cut.tiles, cut.across, cut.parts,
             *_constants(plan, cut, x), activation or "none", slope_from, **_options(cut.warps),
         )  # fmt: skip
     return partials

@@ -61,7 +61,7 @@ def merge(means, m2s, c, count, more, mean, m2):
 
 
 @loop
-def finish_statistics(raw, table, c, count, real):
+def finish_statistics(raw, table, c, real):
     """Scale, shift and invstd of channel c by its mean and m2, or by the running statistics; moves those."""
     fields, numbers = fields_of(raw, np.int64), fields_of(raw, np.float64)
     channels = fields[f.CHANNELS]
@@ -71,6 +71,7 @@ def finish_statistics(raw, table, c, count, real):
         means[c] = running_mean[c]
         var = np.float64(running_var[c])
     else:
+        count = numbers[f.COUNT]
         var = m2s[c] / count
         if fields[f.RUNNING_MEAN] != 0:
             momentum = numbers[f.MOMENTUM]
@@ -93,12 +94,12 @@ def finish_statistics(raw, table, c, count, real):
 
 
 @loop
-def finish_gradient(raw, table, c, count, first, second, real):
-    """Gradients of weight and bias of channel c; `(by_grad, by_x, constant)` of the gradient of x.
+def finish_gradient(raw, table, c, first, second, real):
+    """Sums and gradients of weight and bias of channel c; `(by_grad, by_x, constant)` of the gradient of x.
 
     `grad_x = scale * (grad_z - mean(grad_z) - xhat * mean(grad_z * xhat))` with `xhat = (x - mean) * invstd`.
     """
-    fields = fields_of(raw, np.int64)
+    fields, count = fields_of(raw, np.int64), fields_of(raw, np.float64)[f.COUNT]
     channels = fields[f.CHANNELS]
     mean, invstd = at(table, f.MEAN * channels)[c], at(table, f.INVSTD * channels)[c]
     rest = mean - np.float64(real(mean))
@@ -107,7 +108,13 @@ def finish_gradient(raw, table, c, count, first, second, real):
         pointer(fields[f.GRAD_WEIGHT], real)[c] = dot * invstd
     if fields[f.GRAD_BIAS] != 0:
         pointer(fields[f.GRAD_BIAS], real)[c] = first
+    if fields[f.SUMS] != 0:
+        sums = pointer(fields[f.SUMS], np.float64)
+        sums[c], sums[channels + c] = first, second
     scale = at(table, f.SCALE * channels)[c]
+    if fields[f.COEFFICIENTS] != 0:
+        given = pointer(fields[f.COEFFICIENTS], np.float64)
+        return scale, given[c], given[channels + c]
     if fields[f.BY_BATCH] == 0:
         return scale, 0.0, 0.0
     by_x = -scale * invstd * invstd * (dot / count)
