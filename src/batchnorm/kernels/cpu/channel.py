@@ -8,7 +8,7 @@ import numpy as np
 from numba import types
 
 from batchnorm.kernels.cpu import fields as f
-from batchnorm.kernels.cpu.memory import at, fields_of, pointer
+from batchnorm.kernels.cpu.memory import at, fields_of, get, pointer, put
 from batchnorm.kernels.cpu.runs import loop
 
 thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
@@ -61,36 +61,70 @@ def merge(means, m2s, c, count, more, mean, m2):
 
 
 @loop
-def finish_statistics(raw, table, c, real):
-    """Scale, shift and invstd of channel c by its mean and m2, or by the running statistics; moves those."""
+def merge_side_by_side(means, m2s, n, count, more, found_means, found_m2s):
+    """`merge` for n channels next to each other."""
+    if count == 0:
+        for c in range(n):
+            put(means, c, get(found_means, c))
+        for c in range(n):
+            put(m2s, c, get(found_m2s, c))
+        return
+    before = np.float64(count) / (count + more)
+    for c in range(n):
+        d = get(found_means, c) - get(means, c)
+        put(means, c, get(means, c) * before + get(found_means, c) * (1 - before))
+        put(m2s, c, get(m2s, c) + (get(found_m2s, c) + d * d * (before * more)))
+
+
+@loop
+def finish_statistics(raw, table, c0, c1, real):
+    """Scale, shift and invstd of the channels c0:c1, by their mean and m2 or by the running statistics.
+
+    Moves the running statistics otherwise. A loop for each step, free of what is the same for all channels:
+    these become vectors.
+    """
     fields, numbers = fields_of(raw, np.int64), fields_of(raw, np.float64)
-    channels = fields[f.CHANNELS]
-    means, m2s = at(table, f.MEAN * channels), at(table, f.M2 * channels)
-    running_mean, running_var = pointer(fields[f.RUNNING_MEAN], real), pointer(fields[f.RUNNING_VAR], real)
+    n, channels, count, eps = c1 - c0, fields[f.CHANNELS], numbers[f.COUNT], numbers[f.EPS]
+    means, m2s = at(table, f.MEAN * channels + c0), at(table, f.M2 * channels + c0)
+    scales, shifts = at(table, f.SCALE * channels + c0), at(table, f.SHIFT * channels + c0)
+    invstds = at(table, f.INVSTD * channels + c0)
     if fields[f.STATISTICS] == f.RUNNING:
-        means[c] = running_mean[c]
-        var = np.float64(running_var[c])
-    else:
-        count = numbers[f.COUNT]
-        var = m2s[c] / count
-        if fields[f.RUNNING_MEAN] != 0:
-            momentum = numbers[f.MOMENTUM]
-            running_mean[c] = (1 - momentum) * running_mean[c] + momentum * means[c]
-            running_var[c] = (1 - momentum) * running_var[c] + momentum * (m2s[c] / (count - 1))
-        if c == 0 and fields[f.NUM_BATCHES] != 0:
-            pointer(fields[f.NUM_BATCHES], np.int64)[0] += 1
-    invstd = 1 / math.sqrt(var + numbers[f.EPS])
-    scale = invstd
+        count = 1.0
+        running_mean, running_var = tensor(raw, f.RUNNING_MEAN, real), tensor(raw, f.RUNNING_VAR, real)
+        for c in range(n):
+            put(means, c, np.float64(get(running_mean, c0 + c)))
+        for c in range(n):
+            put(m2s, c, np.float64(get(running_var, c0 + c)))
+    elif fields[f.RUNNING_MEAN] != 0:
+        move(at(tensor(raw, f.RUNNING_MEAN, real), c0), means, n, 1.0, numbers[f.MOMENTUM], real)
+        move(at(tensor(raw, f.RUNNING_VAR, real), c0), m2s, n, count - 1, numbers[f.MOMENTUM], real)
+    for c in range(n):
+        put(invstds, c, 1 / math.sqrt(get(m2s, c) / count + eps))
     if fields[f.WEIGHT] != 0:
-        scale *= pointer(fields[f.WEIGHT], real)[c]
-    shift = 0.0
+        weight = at(tensor(raw, f.WEIGHT, real), c0)
+        for c in range(n):
+            put(scales, c, get(invstds, c) * get(weight, c))
+    else:
+        for c in range(n):
+            put(scales, c, get(invstds, c))
+    for c in range(n):
+        # What the values' dtype cannot hold of the mean goes into the shift.
+        rest = get(means, c) - np.float64(real(get(means, c))) if math.isfinite(get(means, c)) else 0.0
+        put(shifts, c, -rest * get(scales, c))
     if fields[f.BIAS] != 0:
-        shift = np.float64(pointer(fields[f.BIAS], real)[c])
-    # What the values' dtype cannot hold of the mean goes into the shift.
-    rest = means[c] - np.float64(real(means[c])) if math.isfinite(means[c]) else 0.0
-    at(table, f.INVSTD * channels)[c] = invstd
-    at(table, f.SCALE * channels)[c] = scale
-    at(table, f.SHIFT * channels)[c] = shift - rest * scale
+        bias = at(tensor(raw, f.BIAS, real), c0)
+        for c in range(n):
+            put(shifts, c, get(shifts, c) + np.float64(get(bias, c)))
+    if c0 == 0 < n and fields[f.STATISTICS] != f.RUNNING and fields[f.NUM_BATCHES] != 0:
+        pointer(fields[f.NUM_BATCHES], np.int64)[0] += 1
+
+
+@loop
+def move(running, values, n, divisor, momentum, real):
+    """Move running statistics towards `values / divisor`."""
+    for c in range(n):
+        of_batch = get(values, c) / divisor
+        put(running, c, real((1 - momentum) * get(running, c) + momentum * of_batch))
 
 
 @loop

@@ -235,8 +235,7 @@ def forward_of_group(raw, table, thread, c0, c1, real):
             take_block(raw, table, thread, c0, c1, n, next_n, real)
             n = next_n
     if fields[f.STATISTICS] != f.OF_TABLE:
-        for c in range(c0, c1):
-            finish_statistics(raw, table, c, real)
+        finish_statistics(raw, table, c0, c1, real)
     apply(raw, table, thread, c0, c1, real)
 
 

@@ -22,11 +22,12 @@ from batchnorm.kernels.cpu.channel import (
     grad_of_z,
     is_near_mean,
     merge,
+    merge_side_by_side,
     num_threads,
     tensor,
     thread_num,
 )
-from batchnorm.kernels.cpu.memory import add_to_first, add_to_second, at, call, fields_of, get, pointer
+from batchnorm.kernels.cpu.memory import add_to_first, add_to_second, at, call, fields_of, get, pointer, put
 from batchnorm.kernels.cpu.runs import loop
 
 # Columns worked on at a time, and values per block; no more rows, as float32 holds the sums of a block.
@@ -186,12 +187,22 @@ def spread(raw, k, c, value, real):
 
 
 @loop
-def spread_table(raw, table, c, real):
-    """Write mean, scale and shift of channel c into its columns of the shared rows."""
+def spread_table(raw, table, c0, c1, real):
+    """Write mean, scale and shift of the channels c0:c1 into their columns of the shared rows."""
+    fields = fields_of(raw, np.int64)
     means, scales, shifts = applied_statistics(raw, table)
-    spread(raw, f.MEANS, c, means[c], real)
-    spread(raw, f.SCALES, c, scales[c], real)
-    spread(raw, f.SHIFTS, c, shifts[c], real)
+    for j in range(fields[f.POSITIONS]):
+        first = j * fields[f.CHANNELS] + c0
+        convert(at(means, c0), at(shared_row(raw, f.MEANS, real), first), c1 - c0, real)
+        convert(at(scales, c0), at(shared_row(raw, f.SCALES, real), first), c1 - c0, real)
+        convert(at(shifts, c0), at(shared_row(raw, f.SHIFTS, real), first), c1 - c0, real)
+
+
+@loop
+def convert(values, to, n, real):
+    """Write n values in the tensors' dtype."""
+    for i in range(n):
+        put(to, i, real(get(values, i)))
 
 
 @loop
@@ -217,24 +228,25 @@ def moments(raw, thread, team, real):
 
 
 @loop
-def merge_channel(raw, table, c, team, real):
-    """The moments of channel c out of what the threads found, and of the values left over."""
+def merge_found(raw, table, c0, c1, team, real):
+    """The moments of the channels c0:c1 out of what the threads found, and of the values left over."""
     fields = fields_of(raw, np.int64)
-    channels = fields[f.CHANNELS]
-    means, m2s = at(table, f.MEAN * channels), at(table, f.M2 * channels)
+    channels, n = fields[f.CHANNELS], c1 - c0
+    means, m2s = at(table, f.MEAN * channels + c0), at(table, f.M2 * channels + c0)
     count = 0
     for thread in range(team):
-        width, wide, left_over, start, end = shape_of(raw, thread, team)
+        _, _, _, start, end = shape_of(raw, thread, team)
         found_means, found_m2s = found_by(raw, thread)
         if end > start:
             for j in range(fields[f.POSITIONS]):
-                i = j * channels + c
-                merge(means, m2s, c, count, end - start, found_means[i], found_m2s[i])
+                i = j * channels + c0
+                merge_side_by_side(means, m2s, n, count, end - start, at(found_means, i), at(found_m2s, i))
                 count += end - start
     width, wide, left_over, _, _ = shape_of(raw, 0, team)
     for j in range(left_over // channels):
-        value = tensor(raw, f.X, real)[wide * width + j * channels + c]
-        merge(means, m2s, c, count, 1, np.float64(value), 0.0 * value)
+        values = at(tensor(raw, f.X, real), wide * width + j * channels + c0)
+        for c in range(n):
+            merge(means, m2s, c, count, 1, np.float64(values[c]), 0.0 * values[c])
         count += 1
 
 
@@ -268,12 +280,12 @@ def forward(real: Real) -> Callable[[Any], None]:
         if fields[f.STATISTICS] == f.OF_BATCH:
             moments(raw, thread, team, real)
         barrier()
-        for c in range(channels * thread // team, channels * (thread + 1) // team):
-            if fields[f.STATISTICS] == f.OF_BATCH:
-                merge_channel(raw, table, c, team, real)
-            if fields[f.STATISTICS] != f.OF_TABLE:
-                finish_statistics(raw, table, c, real)
-            spread_table(raw, table, c, real)
+        c0, c1 = channels * thread // team, channels * (thread + 1) // team
+        if fields[f.STATISTICS] == f.OF_BATCH:
+            merge_found(raw, table, c0, c1, team, real)
+        if fields[f.STATISTICS] != f.OF_TABLE:
+            finish_statistics(raw, table, c0, c1, real)
+        spread_table(raw, table, c0, c1, real)
         barrier()
         if fields[f.APPLY] == 0:
             return
@@ -413,8 +425,7 @@ def backward(real: Real) -> Callable[[Any], None]:
         thread, team = np.int64(thread_num()), np.int64(num_threads())
         table, channels = pointer(fields[f.TABLE], np.float64), fields[f.CHANNELS]
         c0, c1 = channels * thread // team, channels * (thread + 1) // team
-        for c in range(c0, c1):
-            spread_table(raw, table, c, real)
+        spread_table(raw, table, c0, c1, real)
         barrier()
         reduce(raw, thread, team, real)
         barrier()

@@ -204,8 +204,7 @@ def forward_by_channels(raw, table, c0, c1, real):
         if fields[f.STATISTICS] == f.OF_BATCH:
             moments(tensor(raw, f.X, real), channels, positions, c, last, n0, n1, p0, p1, table, real)
         if fields[f.STATISTICS] != f.OF_TABLE:
-            for k in range(c, last):
-                finish_statistics(raw, table, k, real)
+            finish_statistics(raw, table, c, last, real)
         apply(raw, table, c, last, n0, n1, p0, p1, real)
         c = last
 
@@ -225,10 +224,11 @@ def forward_by_parts(raw, table, thread, team, real):
                 moments(tensor(raw, f.X, real), channels, positions, c, c + 1, n0, n1, p0, p1, found, real)
     barrier()
     if fields[f.STATISTICS] != f.OF_TABLE:
-        for c in range(channels * thread // team, channels * (thread + 1) // team):
-            if fields[f.STATISTICS] == f.OF_BATCH:
+        c0, c1 = channels * thread // team, channels * (thread + 1) // team
+        if fields[f.STATISTICS] == f.OF_BATCH:
+            for c in range(c0, c1):
                 merge_parts(raw, table, c)
-            finish_statistics(raw, table, c, real)
+        finish_statistics(raw, table, c0, c1, real)
     barrier()
     for part in mine:
         n0, n1, p0, p1 = bounds(raw, part)
