@@ -13,6 +13,7 @@ from batchnorm.kernels import choose, cpu
 from batchnorm.kernels.cpu import rows, slabs, team
 from batchnorm.kernels.cpu.plan import (
     _GROUP_COLUMNS,
+    _NEAR_BYTES,
     _SHORT_RUN,
     _TILE_BYTES,
     _WIDE_ROW,
@@ -207,7 +208,8 @@ SHAPES = {
         *[(2, 3, B // 2 + d) for d in (-1, 0, 1)], *[(B // 512 + d, 2, 512) for d in (-1, 0, 1)],
         (31, 2, 263), (2, 2, 2 * B + 1), (1, 3, 12289), (2, 2, TILE // 2 + 1), (1, 2, TILE), (1, 2, TILE + 1),
         *[(1, TILE // 1021 + d, 1021) for d in (-1, 0, 1)],
-        *[(F // 64 + d, 2, 64) for d in (-1, 0, 1)], *[(3, 2, F + d) for d in (-1, 0, 1)],
+        *[(6, threads * _NEAR_BYTES // 256 + d, 64) for threads in (2, 3) for d in (-1, 0, 1)],
+        (2, 3, TILE // 2 + 1), *[(F // 64 + d, 2, 64) for d in (-1, 0, 1)], *[(3, 2, F + d) for d in (-1, 0, 1)],
     ],
     "groups": [
         (1, 2, 2), (2, 2, 2), (1, 2, 3), (2, 3, 2), (3, 2, 3), (1, 3, RUN), (2, 2, RUN - 1), (3, 7, 47),
@@ -239,7 +241,7 @@ GRID_OF_THREADS = [
 def test_the_grid_knows_the_sizes():
     # Should they change, so must the grid.
     assert (B, G, W, T, RUN, rows.BLOCK, M) == (4096, 2048, 64, 2048, 48, 262144, 256)
-    assert (F, FR, N) == (512, 32, 64)
+    assert (F, FR, N, _NEAR_BYTES) == (512, 32, 64, 32768)
 
 
 @pytest.mark.parametrize(("name", "shape", "dtype", "threads"), GRID_OF_THREADS, ids=str)

@@ -19,6 +19,9 @@ _SHORT_RUN = 48
 _GROUP_COLUMNS = 2048
 # What a tile of channels has of each sample: memory is read and written in stretches of this size.
 _TILE_BYTES = 256 * 1024
+# Threads that share out the channels and have no more than this of a sample each wait for each other's memory,
+# which the processor prefetches for both: they share out the samples instead.
+_NEAR_BYTES = 32 * 1024
 # Activations that cost no more than a comparison.
 _LIGHT = frozenset({None, "relu", "relu6", "leaky_relu"})
 # Rows of fewer channels are taken several at a time.
@@ -112,7 +115,7 @@ def plan(
     is_rows, samples, channels, positions = layout
     if is_rows:
         return _rows(samples, channels, dtype, threads)
-    sample_parts, position_parts = _parts(samples, channels, positions, threads)
+    sample_parts, position_parts = _parts(samples, channels, positions, threads, dtype)
     parts = sample_parts * position_parts
     if positions <= _SHORT_RUN and parts == 1:
         tile = max(1, min(_GROUP_COLUMNS // positions, -(-channels // threads)))
@@ -143,13 +146,13 @@ def _rows(rows: int, channels: int, dtype: torch.dtype, threads: int) -> Plan:
     )
 
 
-def _parts(samples: int, channels: int, positions: int, threads: int) -> tuple[int, int]:
-    """Into how many parts to cut samples and positions, where channels do not share out evenly."""
+def _parts(samples: int, channels: int, positions: int, threads: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Into how many parts to cut samples and positions, where channels do not share out well."""
+    shares_samples = samples % threads == 0 or samples >= 4 * threads
     if channels % threads == 0 or channels >= 8 * threads:
-        return 1, 1
-    if samples % threads == 0 or samples >= 4 * threads:
-        return threads, 1
-    return 1, min(threads, positions)
+        near = channels * positions * dtype.itemsize <= threads * _NEAR_BYTES and positions > _SHORT_RUN
+        return (threads if near and shares_samples else 1), 1
+    return (threads, 1) if shares_samples else (1, min(threads, positions))
 
 
 @cache

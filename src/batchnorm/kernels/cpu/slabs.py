@@ -220,8 +220,11 @@ def forward_by_parts(raw, table, thread, team, real):
         for part in mine:
             n0, n1, p0, p1 = bounds(raw, part)
             found = at(pointer(fields[f.WORK], np.float64), part * f.TABLE_ROWS * channels)
-            for c in range(channels):
-                moments(tensor(raw, f.X, real), channels, positions, c, c + 1, n0, n1, p0, p1, found, real)
+            c = 0
+            while c < channels:
+                last = min(c + fields[f.TILE], channels)
+                moments(tensor(raw, f.X, real), channels, positions, c, last, n0, n1, p0, p1, found, real)
+                c = last
     barrier()
     if fields[f.STATISTICS] != f.OF_TABLE:
         c0, c1 = channels * thread // team, channels * (thread + 1) // team
@@ -330,8 +333,11 @@ def backward_by_parts(raw, table, thread, team, real):
     for part in mine:
         n0, n1, p0, p1 = bounds(raw, part)
         sums = at(coefficients, (3 + 2 * part) * channels)
-        for c in range(channels):
-            reduce(raw, table, sums, c, c + 1, n0, n1, p0, p1, real)
+        c = 0
+        while c < channels:
+            last = min(c + fields[f.TILE], channels)
+            reduce(raw, table, sums, c, last, n0, n1, p0, p1, real)
+            c = last
     barrier()
     for c in range(channels * thread // team, channels * (thread + 1) // team):
         first, second = 0.0, 0.0
