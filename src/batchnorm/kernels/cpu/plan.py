@@ -19,8 +19,8 @@ _SHORT_RUN = 48
 _GROUP_COLUMNS = 2048
 # What a tile of channels has of each sample: memory is read and written in stretches of this size.
 _TILE_BYTES = 256 * 1024
-# Threads that share out the channels and have no more than this of a sample each wait for each other's memory,
-# which the processor prefetches for both: they share out the samples instead.
+# Threads that share out the channels and have no more than this of a sample each wait for each other's
+# memory, which the processor prefetches for both: they share out the samples instead.
 _NEAR_BYTES = 32 * 1024
 # Activations that cost no more than a comparison.
 _LIGHT = frozenset({None, "relu", "relu6", "leaky_relu"})
