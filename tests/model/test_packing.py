@@ -75,7 +75,7 @@ class Pair(NamedTuple):
         (torch.zeros(2, 2).to_sparse(), False),
         (object(), False),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_comes_back_as_it_was(value: object, does: bool) -> None:
     assert comes_back(value) == does
