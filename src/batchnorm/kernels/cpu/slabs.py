@@ -283,7 +283,8 @@ def gradient(raw, table, coefficients, c0, c1, n0, n1, p0, p1, real):
             fields[f.GRADIENT],
             (
                 at(grad, first), at(x, first), at(extra, first), at(grad_x, first),
-                c1 - c0, positions, p1 - p0, at(means, c0), at(scales, c0), at(shifts, c0), at(coefficients, 3 * c0),
+                c1 - c0, positions, p1 - p0, at(means, c0), at(scales, c0), at(shifts, c0),
+                at(coefficients, 3 * c0),
             ),
         )  # fmt: skip
 
