@@ -493,7 +493,7 @@ def small_function(name):
 
         from batchnorm.kernels.cpu import runs
 
-        return runs.apply_run(np.float32, None, False)
+        return runs.apply_runs(np.float32, None, False)
 
     return machine_code.load(name, build, {})
 

@@ -77,7 +77,7 @@ def _work() -> bool:
     if not team.available():
         return False
     try:
-        function("apply", "run", torch.float32, None, False)
+        function("apply", "runs", torch.float32, None, False)
     except Exception as error:  # whatever is wrong with the compiler, torch's own kernels do the work
         warnings.warn(
             f"batchnorm's CPU kernels cannot be compiled, torch's own do: {type(error).__name__}: {error}",

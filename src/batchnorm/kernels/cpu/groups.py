@@ -157,8 +157,8 @@ def exact_sums(raw, table, sums, c, real):
             fields[f.REDUCE_ONE],
             (
                 at(tensor(raw, f.GRAD_Y, real), run), at(tensor(raw, f.X, real), run),
-                at(tensor(raw, f.EXTRA, real), run), at(tensor(raw, f.GRAD_Z, real), run), positions,
-                real(means[c]), real(scales[c]), real(shifts[c]), sums,
+                at(tensor(raw, f.EXTRA, real), run), at(tensor(raw, f.GRAD_Z, real), run),
+                1, positions, positions, at(means, c), at(scales, c), at(shifts, c), sums,
             ),
         )  # fmt: skip
 

@@ -91,7 +91,7 @@ class Plan:
             sums = one_run = gradient = 0
             if reduces:
                 sums = function("reduce", self._shape, self.dtype, activation, slope_from, stored)
-                one_run = function("reduce", "run", self.dtype, activation, slope_from, stored)
+                one_run = function("reduce", "runs", self.dtype, activation, slope_from, stored)
             if wants_x:
                 of_z = (None, "x") if stored else (activation, slope_from)
                 gradient = function("gradient", self._shape, self.dtype, *of_z, by_batch)
@@ -101,7 +101,7 @@ class Plan:
 
     @property
     def _shape(self) -> str:
-        return "run" if self.kind == "slabs" else "rows"
+        return "runs" if self.kind == "slabs" else "rows"
 
 
 @lru_cache(maxsize=4096)
@@ -172,7 +172,7 @@ def _kernel(name: str, kind: str, dtype: torch.dtype) -> int:
 
 @cache
 def function(name: str, shape: str, dtype: torch.dtype, *options: Any) -> int:
-    """Address of one of the functions of `runs.py`, for "run" or "rows"."""
+    """Address of one of the functions of `runs.py`, for "runs" or "rows"."""
 
     def build() -> Any:
         import numpy as np

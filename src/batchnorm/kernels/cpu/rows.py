@@ -301,9 +301,10 @@ def forward(real: Real) -> Callable[[Any], None]:
 
 
 @loop
-def exact_sums(raw, thread, start, rows, width, mean, scale, shift, real):
-    """The sums of a column by a call per value, which is in float64 where float32 overflows."""
+def exact_sums(raw, thread, start, rows, width, c, real):
+    """The sums of a column of channel c by a call per value, which is in float64 where float32 overflows."""
     fields = fields_of(raw, np.int64)
+    means, scales, shifts = applied_statistics(raw, pointer(fields[f.TABLE], np.float64))
     grad_y, x = tensor(raw, f.GRAD_Y, real), tensor(raw, f.X, real)
     extra, grad_z = tensor(raw, f.EXTRA, real), tensor(raw, f.GRAD_Z, real)
     sums = at(found_by(raw, thread)[1], width)
@@ -313,8 +314,11 @@ def exact_sums(raw, thread, start, rows, width, mean, scale, shift, real):
         k = start + row * width
         call(
             fields[f.REDUCE_ONE],
-            (at(grad_y, k), at(x, k), at(extra, k), at(grad_z, k), 1, mean, scale, shift, sums),
-        )
+            (
+                at(grad_y, k), at(x, k), at(extra, k), at(grad_z, k), 1, 1, 1,
+                at(means, c), at(scales, c), at(shifts, c), sums,
+            ),
+        )  # fmt: skip
     return sums[0], sums[1]
 
 
@@ -349,9 +353,8 @@ def reduce_block(raw, thread, start, rows, columns, real):
                 firsts[i + k] += first[k]
                 seconds[i + k] += second[k]
             else:
-                first_sum, second_sum = exact_sums(
-                    raw, thread, at_block + k, rows, width, mean[i + k], scale[i + k], shift[i + k], real
-                )
+                c = (i + k) % fields[f.CHANNELS]
+                first_sum, second_sum = exact_sums(raw, thread, at_block + k, rows, width, c, real)
                 firsts[i + k] += first_sum
                 seconds[i + k] += second_sum
         i += tile

@@ -15,36 +15,45 @@ import numpy as np
 from numba import njit, types
 
 from batchnorm.kernels.cpu.activations import Real, slope_of, value_of
-from batchnorm.kernels.cpu.memory import add_to_first, add_to_second, get, put
+from batchnorm.kernels.cpu.memory import add_to_first, add_to_second, at, get, put
 
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 loop = njit(fastmath={"contract", "nsz"}, **_OPTIONS)
 # Sums may be reordered: that is what makes them vector sums. Nothing else may.
 reduction = njit(fastmath={"contract", "nsz", "reassoc"}, **_OPTIONS)
 
+# Values per block of a run: 16 KiB of float32, half of a first-level cache.
+BLOCK = 4096
+
 # What tells the slope: z computed from x, or with the residual added, or the output y.
 FROM_X, FROM_RESIDUAL, FROM_OUTPUT = "x", "residual", "output"
 
 
-def apply_run(real: Real, name: str | None, has_residual: bool) -> tuple[Any, Callable[..., None]]:
-    """`y = activation((x - mean) * scale + shift + residual)` for `size` neighbours of one channel."""
+def apply_runs(real: Real, name: str | None, has_residual: bool) -> tuple[Any, Callable[..., None]]:
+    """`y = activation((x - mean) * scale + shift + residual)` for runs of `size`, one per channel.
+
+    They are `stride` apart; statistics are float64, per channel. A call for each run would take as long as a
+    short run itself.
+    """
     value = value_of(name, real)
 
-    def plain(x, residual, y, size, mean, scale, shift):
-        for i in range(size):
-            put(y, i, value((get(x, i) - mean) * scale + shift))
+    def apply(x, residual, y, channels, stride, size, means, scales, shifts):
+        for c in range(channels):
+            mean, scale, shift = real(means[c]), real(scales[c]), real(shifts[c])
+            a = c * stride
+            for i in range(size):
+                z = (get(x, a + i) - mean) * scale + shift
+                put(y, a + i, value(z + get(residual, a + i) if has_residual else z))
 
-    def with_residual(x, residual, y, size, mean, scale, shift):
-        for i in range(size):
-            put(y, i, value((get(x, i) - mean) * scale + shift + get(residual, i)))
-
-    values, number = _types(real)
-    signature = types.void(values, values, values, types.int64, number, number, number)
-    return signature, loop(with_residual if has_residual else plain)
+    values, doubles = _types(real)
+    signature = types.void(values, values, values, *[types.int64] * 3, *[doubles] * 3)
+    return signature, loop(apply)
 
 
-def reduce_run(real: Real, name: str | None, slope_from: str, store: bool) -> tuple[Any, Callable[..., None]]:
-    """Adds `sum(grad_z)` and `sum(grad_z * (x - mean))` to `sums`; with `store`, writes grad_z."""
+def reduce_runs(
+    real: Real, name: str | None, slope_from: str, store: bool
+) -> tuple[Any, Callable[..., None]]:
+    """Adds each run's `sum(grad_z)` and `sum(grad_z * (x - mean))` to `sums`; with `store`, writes grad_z."""
     slope = _slope(real, name, slope_from)
 
     @reduction
@@ -60,41 +69,56 @@ def reduce_run(real: Real, name: str | None, slope_from: str, store: bool) -> tu
             second += grad * (centred + zero)
         return first, second
 
-    def reduce(grad_y, x, extra, grad_z, size, mean, scale, shift, sums):
-        first, second = sums_of(grad_y, x, extra, grad_z, size, mean, scale, shift, real(0))
-        if not math.isfinite(first + second):
-            first, second = sums_of(grad_y, x, extra, grad_z, size, mean, scale, shift, 0.0)
-        sums[0] += first
-        sums[1] += second
+    def reduce(grad_y, x, extra, grad_z, channels, stride, size, means, scales, shifts, sums):
+        for c in range(channels):
+            mean, scale, shift = real(means[c]), real(scales[c]), real(shifts[c])
+            p = 0
+            while p < size:
+                # No longer than what float32 holds the sums of.
+                a, block = c * stride + p, min(BLOCK, size - p)
+                run = at(grad_y, a), at(x, a), at(extra, a), at(grad_z, a), block, mean, scale, shift
+                first, second = sums_of(*run, real(0))
+                if not math.isfinite(first + second):
+                    first, second = sums_of(*run, 0.0)
+                sums[2 * c] += first
+                sums[2 * c + 1] += second
+                p += block
 
-    values, number = _types(real)
-    sums_type = types.CPointer(types.float64)
-    signature = types.void(values, values, values, values, types.int64, number, number, number, sums_type)
+    values, doubles = _types(real)
+    signature = types.void(*[values] * 4, *[types.int64] * 3, *[doubles] * 4)
     return signature, loop(reduce)
 
 
-def gradient_run(
+def gradient_runs(
     real: Real, name: str | None, slope_from: str, by_batch: bool
 ) -> tuple[Any, Callable[..., None]]:
-    """`grad_x = grad_z * by_grad + (x - mean) * by_x + constant`; only the first term if not `by_batch`."""
+    """`grad_x = grad_z * by_grad + (x - mean) * by_x + constant`; only the first term if not `by_batch`.
+
+    The three coefficients of a channel are side by side.
+    """
     slope = _slope(real, name, slope_from)
 
-    def gradient(grad_y, x, extra, grad_x, size, mean, scale, shift, by_grad, by_x, constant):
-        for i in range(size):
-            centred = get(x, i) - mean
-            grad = get(grad_y, i) * slope(centred * scale + shift, extra, i)
-            if by_batch:
-                put(grad_x, i, grad * by_grad + (centred * by_x + constant))
-            else:
-                put(grad_x, i, grad * by_grad)
+    def gradient(grad_y, x, extra, grad_x, channels, stride, size, means, scales, shifts, coefficients):
+        for c in range(channels):
+            mean, scale, shift = real(means[c]), real(scales[c]), real(shifts[c])
+            by_grad, by_x = real(coefficients[3 * c]), real(coefficients[3 * c + 1])
+            constant = real(coefficients[3 * c + 2])
+            a = c * stride
+            for i in range(size):
+                k, centred = a + i, get(x, a + i) - mean
+                grad = get(grad_y, k) * slope(centred * scale + shift, extra, k)
+                if by_batch:
+                    put(grad_x, k, grad * by_grad + (centred * by_x + constant))
+                else:
+                    put(grad_x, k, grad * by_grad)
 
-    values, number = _types(real)
-    signature = types.void(values, values, values, values, types.int64, *[number] * 6)
+    values, doubles = _types(real)
+    signature = types.void(*[values] * 4, *[types.int64] * 3, *[doubles] * 4)
     return signature, loop(gradient)
 
 
 def apply_rows(real: Real, name: str | None, has_residual: bool) -> tuple[Any, Callable[..., None]]:
-    """As `apply_run` for `rows` rows of `width` columns, `stride` apart; statistics per column."""
+    """As `apply_runs` for `rows` rows of `width` columns, `stride` apart; statistics per column."""
     value = value_of(name, real)
 
     @loop
@@ -116,7 +140,7 @@ def apply_rows(real: Real, name: str | None, has_residual: bool) -> tuple[Any, C
 def reduce_rows(
     real: Real, name: str | None, slope_from: str, store: bool
 ) -> tuple[Any, Callable[..., None]]:
-    """As `reduce_run` for rows: adds the sums of each column to `first` and `second`."""
+    """As `reduce_runs` for rows: adds the sums of each column to `first` and `second`."""
     slope = _slope(real, name, slope_from)
 
     @loop
@@ -143,7 +167,7 @@ def reduce_rows(
 def gradient_rows(
     real: Real, name: str | None, slope_from: str, by_batch: bool
 ) -> tuple[Any, Callable[..., None]]:
-    """As `gradient_run` for rows."""
+    """As `gradient_runs` for rows."""
     slope = _slope(real, name, slope_from)
 
     def gradient(grad_y, x, extra, grad_x, rows, width, stride, mean, scale, shift, by_grad, by_x, constant):
@@ -180,4 +204,4 @@ def _slope(real: Real, name: str | None, slope_from: str) -> Callable[..., Any]:
 
 def _types(real: Real) -> tuple[Any, Any]:
     number = types.float32 if real is np.float32 else types.float64
-    return types.CPointer(number), number
+    return types.CPointer(number), types.CPointer(types.float64)

@@ -31,10 +31,8 @@ from batchnorm.kernels.cpu.channel import (
     thread_num,
 )
 from batchnorm.kernels.cpu.memory import at, call, fields_of, pointer
-from batchnorm.kernels.cpu.runs import loop, reduction
+from batchnorm.kernels.cpu.runs import BLOCK, loop, reduction
 
-# Values per block: 16 KiB of float32, half of a first-level cache.
-BLOCK = 4096
 # Values of the first block, which is read twice: for a mean that is near enough to centre the others by.
 FIRST = 512
 
@@ -186,10 +184,14 @@ def apply(raw, table, c0, c1, n0, n1, p0, p1, real):
     means, scales, shifts = applied_statistics(raw, table)
     for k in range(n1 - n0):
         n = n1 - 1 - k  # backwards: the last samples are those still in the cache
-        for c in range(c0, c1):
-            run = (n * channels + c) * positions + p0
-            mean, scale, shift = real(means[c]), real(scales[c]), real(shifts[c])
-            call(fields[f.APPLY], (at(x, run), at(residual, run), at(y, run), p1 - p0, mean, scale, shift))
+        first = (n * channels + c0) * positions + p0
+        call(
+            fields[f.APPLY],
+            (
+                at(x, first), at(residual, first), at(y, first), c1 - c0, positions, p1 - p0,
+                at(means, c0), at(scales, c0), at(shifts, c0),
+            ),
+        )  # fmt: skip
 
 
 @loop
@@ -252,19 +254,14 @@ def reduce(raw, table, sums, c0, c1, n0, n1, p0, p1, real):
     if fields[f.REDUCE] == 0:
         return
     for n in range(n0, n1):
-        for c in range(c0, c1):
-            mean, scale, shift = real(means[c]), real(scales[c]), real(shifts[c])
-            p = p0
-            while p < p1:
-                run, size = (n * channels + c) * positions + p, min(BLOCK, p1 - p)
-                call(
-                    fields[f.REDUCE],
-                    (
-                        at(grad_y, run), at(x, run), at(extra, run), at(grad_z, run),
-                        size, mean, scale, shift, at(sums, 2 * c),
-                    ),
-                )  # fmt: skip
-                p += size
+        first = (n * channels + c0) * positions + p0
+        call(
+            fields[f.REDUCE],
+            (
+                at(grad_y, first), at(x, first), at(extra, first), at(grad_z, first),
+                c1 - c0, positions, p1 - p0, at(means, c0), at(scales, c0), at(shifts, c0), at(sums, 2 * c0),
+            ),
+        )  # fmt: skip
 
 
 @loop
@@ -281,17 +278,15 @@ def gradient(raw, table, coefficients, c0, c1, n0, n1, p0, p1, real):
     means, scales, shifts = applied_statistics(raw, table)
     for k in range(n1 - n0):
         n = n1 - 1 - k
-        for c in range(c0, c1):
-            run = (n * channels + c) * positions + p0
-            call(
-                fields[f.GRADIENT],
-                (
-                    at(grad, run), at(x, run), at(extra, run), at(grad_x, run), p1 - p0,
-                    real(means[c]), real(scales[c]), real(shifts[c]),
-                    real(coefficients[3 * c]), real(coefficients[3 * c + 1]),
-                    real(coefficients[3 * c + 2]),
-                ),
-            )  # fmt: skip
+        first = (n * channels + c0) * positions + p0
+        call(
+            fields[f.GRADIENT],
+            (
+                at(grad, first), at(x, first), at(extra, first), at(grad_x, first),
+                c1 - c0, positions, p1 - p0, at(means, c0), at(scales, c0), at(shifts, c0),
+                at(coefficients, 3 * c0),
+            ),
+        )  # fmt: skip
 
 
 @loop
