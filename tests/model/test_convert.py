@@ -157,12 +157,15 @@ def two_steps(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
     return found
 
 
-def assert_same_training(model: nn.Module, twin: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def assert_same_training(
+    model: nn.Module, twin: nn.Module, inputs: tuple[Tensor, ...], tolerance: dict[str, float] | None = None
+) -> None:
     """`model` and `twin` compute and learn the same, up to rounding."""
-    tight = inputs[0].dtype == torch.float64
+    if tolerance is None:
+        tight = inputs[0].dtype == torch.float64
+        tolerance = {"rtol": 1e-9, "atol": 1e-10} if tight else {"rtol": 1e-3, "atol": 1e-4}
     ours, wanted = two_steps(model, inputs), two_steps(twin, inputs)
     for key in wanted:
-        tolerance = {"rtol": 1e-9, "atol": 1e-10} if tight else {"rtol": 1e-3, "atol": 1e-4}
         assert_close(ours[key], wanted[key], **tolerance, msg=lambda m, key=key: f"{key}: {m}")
 
 
@@ -284,19 +287,23 @@ def test_only_batch_norms_change_their_class(name: str) -> None:
 @every_model
 def test_revert_after_training_gives_torchs_layers_with_what_was_learnt(name: str) -> None:
     model, inputs = build(name)
+    # In float32 two values of a pooling window may be one rounding apart, and either is right. In float64
+    # torch's slope of hardsigmoid, a sixth, is that of float32.
+    tolerance = {"rtol": 1e-6, "atol": 1e-7}
+    model, inputs = model.double(), tuple(x.double() for x in inputs)
     twin = copy.deepcopy(model)
     before = snapshot(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         convert(model, memory_efficient=True)
-    assert_same_training(model, twin, inputs)
+    assert_same_training(model, twin, inputs, tolerance)
     revert(model)
     after = snapshot(model)
     assert after["modules"] == before["modules"]
     assert after["tensors"] == before["tensors"]
     assert after["hooks"] == before["hooks"]
     assert after["names"] == before["names"]
-    assert_close(outputs(model.train(), inputs), outputs(twin.train(), inputs), rtol=1e-3, atol=1e-4)
+    assert_close(outputs(model.train(), inputs), outputs(twin.train(), inputs), **tolerance)
 
 
 @every_model
