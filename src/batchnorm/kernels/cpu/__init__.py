@@ -7,7 +7,6 @@ from __future__ import annotations
 import warnings
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,17 +38,14 @@ def supports(
     size, dtype, channels = x.numel(), x.dtype, x.shape[channel_dim]
     alone = activation is None and residual is None
     recording = recipes.is_recording() and torch.is_grad_enabled()
-    if not size or not (recording or pays(size, training, alone, "rows")):
+    if not size or not (recording or pays(size, training, alone, "rows")) or dtype not in DTYPES:
         return False
-    if dtype not in DTYPES or not _is_plain(x, dtype):
-        return False
-    for parameter in parameters:
-        if parameter is not None and not (
-            _is_plain(parameter, dtype) and parameter.is_contiguous() and parameter.numel() == channels
-        ):
+    for tensor in (x, residual, *parameters):
+        if tensor is not None and not (tensor.dtype is dtype and tensor.is_cpu and is_plain(tensor)):
             return False
-    if residual is not None and not _is_plain(residual, dtype):
-        return False
+    for parameter in parameters:
+        if parameter is not None and not (parameter.numel() == channels and parameter.is_contiguous()):
+            return False
     the_plan = _plan(x, channel_dim)
     if the_plan is None or not (recording or pays(size, training, alone, the_plan.kind)):
         return False
@@ -64,11 +60,6 @@ def pays(size: int, training: bool, alone: bool, kind: str) -> bool:
     if not torch.is_grad_enabled():
         return size >= SMALLEST
     return size >= (SMALLEST_WITH_GRADIENT if alone else SMALLEST_FUSED)
-
-
-def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the memory of a tensor holds its numbers: kernels see addresses, not tensors."""
-    return tensor.dtype is dtype and tensor.is_cpu and is_plain(tensor)
 
 
 @cache
@@ -145,7 +136,12 @@ def training_and_moving(
     if running_mean is not None and running_var is not None:
         counter = 0
         if num_batches_tracked is not None:
-            if _is_plain(num_batches_tracked, torch.int64) and num_batches_tracked.numel() == 1:
+            if (
+                num_batches_tracked.dtype is torch.int64
+                and num_batches_tracked.is_cpu
+                and num_batches_tracked.numel() == 1
+                and is_plain(num_batches_tracked)
+            ):
                 counter = num_batches_tracked.data_ptr()
             else:
                 num_batches_tracked.add_(1)
@@ -162,12 +158,12 @@ class _Call(Call):
         self,
         x: Tensor,
         channel_dim: int,
-        statistics: np.int64,
+        statistics: int,
         eps: float,
         activation: str | None,
         residual: Tensor | None,
     ) -> None:
-        super().__init__(channel_dim, bool(statistics == f.OF_BATCH), eps, activation, residual)
+        super().__init__(channel_dim, statistics == f.OF_BATCH, eps, activation, residual)
         the_plan = _plan(x, channel_dim)
         assert the_plan is not None  # by `supports`
         self.plan = the_plan
@@ -202,8 +198,8 @@ class _Call(Call):
         wants_x, wants_weight, wants_bias, wants_residual = wanted
         grad_y = in_layout_of(x, grad_y)
         grad_x = empty_like(x) if wants_x else None
-        grad_weight = torch.empty(the_plan.channels, dtype=x.dtype) if wants_weight else None
-        grad_bias = torch.empty(the_plan.channels, dtype=x.dtype) if wants_bias else None
+        grad_weight = torch.empty_like(the_plan.parameter) if wants_weight else None
+        grad_bias = torch.empty_like(the_plan.parameter) if wants_bias else None
         grad_z = grad_residual = None
         if wants_residual:
             grad_residual = grad_y if activation is None else empty_like(x)
