@@ -247,10 +247,12 @@ def hooked_after(module: nn.Module) -> bool:
 
 
 def hooked(module: nn.Module | None) -> bool:
+    """Whether a hook sees the input or the output of `module`, or its gradient; of None, there is none."""
     return module is not None and (bool(module._forward_pre_hooks) or hooked_after(module))
 
 
 def caller_of(frame: FrameType) -> tuple[str, str]:
+    """Where the code of a frame stands: the name of its module, and of the function in it."""
     return frame.f_globals.get("__name__", ""), frame.f_code.co_name
 
 
