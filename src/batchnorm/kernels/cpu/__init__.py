@@ -16,6 +16,7 @@ from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu import launch, team
 from batchnorm.kernels.cpu.pages import empty_like
 from batchnorm.kernels.cpu.plan import DTYPES, Plan, function, plan
+from batchnorm.kernels.layout import planned
 from batchnorm.moments import Moments
 
 # Their gradient is kept between the two passes over it: computing it again would cost more.
@@ -328,10 +329,4 @@ def backward_apply(
 
 
 def _plan_of(x: Tensor, channel_dim: int) -> Plan:
-    the_plan = _plan(x, channel_dim)
-    if the_plan is None:
-        raise ValueError(
-            "expected an input that is contiguous or has its channels last, got strides "
-            f"{x.stride()} for shape {tuple(x.shape)}: make it so with x.contiguous()"
-        )
-    return the_plan
+    return planned(_plan(x, channel_dim), x)

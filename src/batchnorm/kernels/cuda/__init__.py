@@ -19,7 +19,10 @@ from batchnorm.kernels.autograd import Call, can_run_here, in_layout_of, is_plai
 from batchnorm.kernels.cuda import plan as planning
 from batchnorm.kernels.cuda.plan import Plan
 from batchnorm.kernels.cuda.thresholds import Kind, worthwhile
+from batchnorm.kernels.layout import planned
 from batchnorm.moments import Moments
+
+_LIMIT = f", with at most {planning.MOST_VALUES:,} values of a channel"
 
 
 def supports(
@@ -344,11 +347,4 @@ def backward_apply(
 
 
 def _plan_of(x: Tensor, channel_dim: int) -> Plan:
-    the_plan = _plan(x, channel_dim)
-    if the_plan is None:
-        raise ValueError(
-            f"expected an input that is contiguous or has its channels last, with at most "
-            f"{planning.MOST_VALUES:,} values of a channel, got strides {x.stride()} for shape "
-            f"{tuple(x.shape)}: make it so with x.contiguous()"
-        )
-    return the_plan
+    return planned(_plan(x, channel_dim), x, _LIMIT)
