@@ -178,14 +178,17 @@ def slope_from(activation: str | None, residual: Tensor | None) -> str:
     return "output" if activation in _SLOPE_FROM_OUTPUT else "residual"
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor holds its numbers: kernels see addresses, not tensors."""
-    return (
-        type(tensor) in _PLAIN_TYPES
-        and tensor.layout is torch.strided
-        and not tensor.is_neg()
-        and not _is_wrapped(tensor)  # kept from a torch.func transform that is over
-    )
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether the memory of each tensor holds its numbers: kernels see addresses, not tensors."""
+    for tensor in tensors:
+        if tensor is not None and not (
+            type(tensor) in _PLAIN_TYPES
+            and tensor.layout is torch.strided
+            and not tensor.is_neg()
+            and not _is_wrapped(tensor)  # kept from a torch.func transform that is over
+        ):
+            return False
+    return True
 
 
 def can_run_here() -> bool:

@@ -15,11 +15,6 @@ from batchnorm.kernels.cpu.plan import Plan
 _pack = struct.Struct(f.FORMAT).pack
 
 
-def new_table(plan: Plan) -> Tensor:
-    """Memory for the statistics of every channel: float64, rows as in `fields.py`."""
-    return torch.empty_like(plan.table)
-
-
 def run_forward(
     plan: Plan,
     table: Tensor,
