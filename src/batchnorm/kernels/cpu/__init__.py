@@ -37,8 +37,9 @@ def supports(
 ) -> bool:
     """Whether the kernels take these tensors where this code is running, and are worth calling."""
     dtype, channels = x.dtype, x.shape[channel_dim]
-    recording = recipes.is_recording() and torch.is_grad_enabled() and x.numel() > 0
-    if not (recording or pays(x, channel_dim, training, activation is None and residual is None)):
+    alone = activation is None and residual is None
+    recording = recipes.is_recording() and torch.is_grad_enabled()
+    if x.numel() == 0 or not (recording or pays(x, channel_dim, training, alone)):
         return False
     if dtype not in DTYPES or not x.is_cpu or not are_plain(x, residual, *parameters):
         return False
