@@ -4,6 +4,7 @@ statistics and the application apart, for what goes on between them in several p
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import cache
 
@@ -22,9 +23,19 @@ from batchnorm.moments import Moments
 # Their gradient is kept between the two passes over it: computing it again would cost more.
 _COSTLY = frozenset({"elu", "gelu", "silu", "mish", "sigmoid", "tanh"})
 
-# For fewer values torch's operator is done before a kernel called from Python has begun: without gradients,
-# with them (alone, or with an activation or a residual), and in eval mode, where torch's needs one pass.
-SMALLEST, SMALLEST_WITH_GRADIENT, SMALLEST_FUSED, SMALLEST_IN_EVAL = 4096, 65536, 32768, 131072
+# From how many values on a kernel called from Python is faster than torch's operators, over rows and over
+# runs, by (in training, with a graph, without activation and residual). Some are for fewer than 4096 values,
+# too, but nobody should wait for a compiler there.
+SMALLEST = {
+    (True, True, True): (4096, 16384),
+    (True, True, False): (4096, 4096),
+    (True, False, True): (4096, 4096),
+    (True, False, False): (4096, 4096),
+    (False, True, True): (524288, 524288),
+    (False, True, False): (32768, 32768),
+    (False, False, True): (131072, math.inf),
+    (False, False, False): (16384, 16384),
+}
 
 
 def supports(
@@ -60,13 +71,9 @@ def supports(
 
 def pays(x: Tensor, channel_dim: int, training: bool, alone: bool) -> bool:
     """Whether a kernel makes up for being called from Python."""
+    over_rows, over_runs = SMALLEST[training, torch.is_grad_enabled(), alone]
     size = x.numel()
-    if not training:
-        # Alone and in runs, one pass, torch is at the speed of memory too.
-        return size >= SMALLEST_IN_EVAL and (not alone or x.stride(channel_dim) == 1)
-    if not torch.is_grad_enabled():
-        return size >= SMALLEST
-    return size >= (SMALLEST_WITH_GRADIENT if alone else SMALLEST_FUSED)
+    return size >= over_runs or (size >= over_rows and x.stride(channel_dim) == 1)
 
 
 @cache
