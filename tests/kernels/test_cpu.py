@@ -1,6 +1,7 @@
 """The CPU kernels against the definition in float64, at their edges, with threads, and when not used."""
 
 import hashlib
+import itertools
 import os
 import stat
 import subprocess
@@ -294,6 +295,33 @@ def test_nan_and_inf_go_where_torch_lets_them(shape, last, kind):
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours.isnan(), theirs.isnan())
         assert torch.equal(ours.isinf(), theirs.isinf())
+
+
+@pytest.mark.parametrize("activation", [None, *sorted(filter(None, FUSED))])
+@pytest.mark.parametrize(("shape", "last"), HARD)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_a_gradient_that_is_nan_or_inf_goes_where_torch_lets_it(shape, last, activation, training):
+    """Not where the slope of a piecewise activation is 0; inf may become NaN on the way."""
+    x, weight, bias, residual, grad = inputs(shape, last=last)
+    mean, var = torch.randn(shape[1]), torch.rand(shape[1]) + 0.5
+    for value, with_residual in itertools.product((torch.nan, torch.inf), (False, True)):
+        grad[1] = value
+        found = []
+        for kernel in (cpu, native):
+            leaves = [t.clone().requires_grad_() for t in (x, weight, bias, residual)[: 3 + with_residual]]
+            options = {
+                "eps": EPS, "channel_dim": 1, "activation": activation,
+                "residual": leaves[3] if with_residual else None,
+            }  # fmt: skip
+            if training:
+                y, _ = kernel.training(*leaves[:3], **options)
+            else:
+                y = kernel.inference(leaves[0], mean, var, *leaves[1:3], **options)
+            y.backward(grad)
+            found.append([leaf.grad for leaf in leaves])
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.equal(ours.isfinite(), theirs.isfinite())
+        assert not found[0][0].isfinite().all()
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
