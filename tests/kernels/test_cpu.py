@@ -266,6 +266,26 @@ def test_values_whose_sums_overflow_or_underflow(shape, last, kind):
 
 
 @pytest.mark.parametrize(("shape", "last"), HARD)
+def test_subnormals_are_not_flushed(shape, last):
+    x, _, _, _, grad = inputs(shape, last=last)
+    x *= 1e-41
+    got = by_kernel(x, None, None, None, grad)
+    wanted = by_definition(x, None, None, None, grad)
+    torch.testing.assert_close(got[0].double(), wanted[0], rtol=0, atol=1e-42)
+    assert wanted[0].abs().max() > 1e-39
+    torch.testing.assert_close(got[1], wanted[1], rtol=0, atol=1e-45)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("shape", "last"), HARD)
+def test_running_statistics_far_from_zero(shape, last, dtype):
+    x, weight, bias, residual, grad = inputs(shape, dtype, last, offset=1e4)
+    running = torch.randn(shape[1]).to(dtype) + 1e4, torch.rand(shape[1]).to(dtype) + 0.5
+    call = (x, weight, bias, residual, grad, "silu", 1, running)
+    agree(by_kernel(*call), by_definition(*call), dtype)
+
+
+@pytest.mark.parametrize(("shape", "last"), HARD)
 @pytest.mark.parametrize("constant", [1e-41, 0.1, -1e4, 1e18, 3e38])
 def test_a_constant_has_no_variance(shape, last, constant):
     x = torch.full(shape, constant)
