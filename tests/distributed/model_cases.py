@@ -94,7 +94,10 @@ def accumulated_gradients_are_those_of_one_process() -> None:
 @case(2)
 def ddp_broadcasts_buffers_between_two_forwards_and_a_backward() -> None:
     """pytorch#65907: what the first forward saved is not what the broadcast before the second writes."""
-    for options in ({}, {"sync": True}, {"momentum": None}, {"renorm": True}, {"activation": "relu"}):
+    for options in (
+        {}, {"sync": True}, {"momentum": None}, {"renorm": True}, {"activation": "relu"},
+        {"sync": True, "renorm": True, "activation": "relu"},
+    ):  # fmt: skip
         torch.manual_seed(3)
         model = nn.Sequential(nn.Linear(C, C), bn.BatchNorm1d(C, **options))
         twin = copy.deepcopy(model)
@@ -110,6 +113,7 @@ def ddp_broadcasts_buffers_between_two_forwards_and_a_backward() -> None:
         for name, parameter in twin.named_parameters():
             wanted[name] = parameter.grad / 2
             dist.all_reduce(wanted[name])
+        assert model[1].num_batches_tracked == 2
         for name, parameter in model.named_parameters():
             error = (parameter.grad - wanted[name]).abs().max()
             assert error <= 1e-4 * wanted[name].abs().max() + 1e-5, f"{options} {name}: {error}"
