@@ -23,7 +23,7 @@ LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 LAYOUTS = [
     ((4, 5, 200), False),
     ((6, 9, 7, 7), False),
-    ((6, 9, 3, 3), False),
+    ((6, 12, 3, 3), False),  # on 1, 2 and 3 threads
     ((6, 9, 7, 7), True),
     ((40, 6), False),
 ]
