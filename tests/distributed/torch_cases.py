@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -125,11 +126,13 @@ def compiled() -> None:
     model = nn.Sequential(bn.BatchNorm1d(C, sync=True, activation="relu"), nn.Linear(C, C))
     twin, x = copy.deepcopy(model), torch.randn(4, C, requires_grad=True)
     compiled_model = torch.compile(model, backend="eager")
+    counters.clear()
     for network in (compiled_model, twin):
         with recorded() as calls, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler hides its own, which as an error it cannot
             network(x).square().sum().backward()
         assert [size for _, size in calls] == [(2 * C + 1) * 8, 2 * C * 8]
+    assert counters["stats"]["unique_graphs"] > 0  # else nothing was compiled
     for ours, wanted in zip(model.parameters(), twin.parameters(), strict=True):
         assert_close(ours.grad, wanted.grad)
     assert_close(model.state_dict(), twin.state_dict())
