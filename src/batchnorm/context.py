@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _current_graph_task_id = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+_interpreter = torch._C._functorch.peek_interpreter_stack
 
 
 def in_backward() -> bool:
@@ -15,7 +16,7 @@ def in_backward() -> bool:
 
 def under_transform() -> bool:
     """Whether a torch.func transform (grad, jvp, vmap, ...) is running this code."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return _interpreter() is not None
 
 
 def values_can_be_read(tensor: Tensor) -> bool:

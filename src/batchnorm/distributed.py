@@ -106,11 +106,13 @@ class Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, numbers: Tensor, processes: Processes) -> Tensor:
+        """A new tensor, `numbers` added up over the processes; all of them call this."""
         ctx.processes = processes
         return processes.add(numbers.clone())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient added up over the processes, by `Sum`, which can be differentiated in turn."""
         return Sum.apply(grad, ctx.processes), None
 
 

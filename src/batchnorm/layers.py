@@ -330,17 +330,17 @@ def _is_constant(tensor: Tensor | None) -> bool:
     return tensor is not None and not tensor.requires_grad
 
 
-class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):  # noqa: D101
     __doc__ = f"(N, C) or (N, C, L) inputs. {inspect.getdoc(_BatchNorm)}"
     _ranks, _expected = (2, 3), "2D (N, C) or 3D (N, C, L)"
 
 
-class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):  # noqa: D101
     __doc__ = f"(N, C, H, W) inputs. {inspect.getdoc(_BatchNorm)}"
     _ranks, _expected = (4,), "4D (N, C, H, W)"
 
 
-class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):  # noqa: D101
     __doc__ = f"(N, C, D, H, W) inputs. {inspect.getdoc(_BatchNorm)}"
     _ranks, _expected = (5,), "5D (N, C, D, H, W)"
 
@@ -373,19 +373,19 @@ class _LazyBatchNorm(_BatchNorm):
             self.num_features = made[0].shape[0] if made else x.shape[channel_dim]
 
 
-class LazyBatchNorm1d(_LazyBatchNorm, nn.LazyBatchNorm1d):
+class LazyBatchNorm1d(_LazyBatchNorm, nn.LazyBatchNorm1d):  # noqa: D101
     __doc__ = inspect.getdoc(_LazyBatchNorm)
     cls_to_become = BatchNorm1d
     _ranks, _expected = BatchNorm1d._ranks, BatchNorm1d._expected
 
 
-class LazyBatchNorm2d(_LazyBatchNorm, nn.LazyBatchNorm2d):
+class LazyBatchNorm2d(_LazyBatchNorm, nn.LazyBatchNorm2d):  # noqa: D101
     __doc__ = inspect.getdoc(_LazyBatchNorm)
     cls_to_become = BatchNorm2d
     _ranks, _expected = BatchNorm2d._ranks, BatchNorm2d._expected
 
 
-class LazyBatchNorm3d(_LazyBatchNorm, nn.LazyBatchNorm3d):
+class LazyBatchNorm3d(_LazyBatchNorm, nn.LazyBatchNorm3d):  # noqa: D101
     __doc__ = inspect.getdoc(_LazyBatchNorm)
     cls_to_become = BatchNorm3d
     _ranks, _expected = BatchNorm3d._ranks, BatchNorm3d._expected

@@ -142,15 +142,21 @@ class ByTorch:
             self.g = before_activation(self.g, at, call.activation)
 
     def sums(self) -> tuple[Tensor, Tensor]:
+        """As `ByKernel.sums`, in two tensors of (C,)."""
         assert self.g is not None
         dims = tuple(dim for dim in range(self.g.ndim) if dim != self.channel_dim)
         found = self.g.sum(dims), (self.g * self.centred).sum(dims)
         return found[0].to(self.rest.dtype), found[1].to(self.rest.dtype)
 
     def grad_residual(self) -> Tensor | None:
+        """g itself; None where y has no gradient."""
         return self.g
 
     def grad_x(self, slope: Tensor, constant: Tensor, wants_residual: bool) -> Tensor:
+        """`(x - rounded mean) * slope + constant`, times the mask; plus `g * scale` where y has a gradient.
+
+        The last of the passes: where no graph is recorded it overwrites `centred`.
+        """
         slope, constant = (_along(values, self.centred, self.channel_dim) for values in (slope, constant))
         # A second derivative needs `centred` as it is; without one, new memory is what would cost most.
         once = not torch.is_grad_enabled()

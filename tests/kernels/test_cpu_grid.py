@@ -198,7 +198,7 @@ def kind(x, channel_dim):
 
 B, G, W, T, M = slabs.BLOCK, _GROUP_COLUMNS, _WIDE_ROW, rows.TILE_COLUMNS, rows.MOST_ROWS
 RUN, TILE = _SHORT_RUN, _TILE_BYTES // 4
-F, FR, N = slabs.FIRST, rows.FIRST_ROWS, rows.NARROW_ROW
+F, FR = slabs.FIRST, rows.FIRST_ROWS
 SHAPES = {
     "slabs": [
         (1, 2, RUN + 1), (2, 2, RUN + 1), (3, 5, 521), (3, 7, 49), (64, 3, RUN + 1),
@@ -225,7 +225,8 @@ SHAPES = {
         *[(5, T + d) for d in (-1, 0, 1)], (3, 2 * T), (2, 2 * T + 1), (2, 4099), (2 * M, 130),
         *[(rows.BLOCK // T + d, T + 1) for d in (-1, 0, 1)], *[(M + d, W) for d in (-1, 0, 1)],
         *[(M * W + d, 1) for d in (-1, 0, 1)], (M * W + W + 1, 1), (5477, 3), (1009, 31), (67, 127),
-        *[(FR + d, N + e) for d in (-1, 0, 1) for e in (-1, 0, 1)], (3 * FR + 1, N), (3 * FR + 1, N + 1),
+        *[(FR + d, W + 1) for d in range(-4, 5)], (3 * FR + 1, W), (3 * FR + 1, W + 1),
+        *[(n, W + 1) for n in range(2, 10)],  # quarters and halves of the rows, and those left over
         *[(W + d, 1) for d in (-1, 0, 1)], *[(2 * (W // 3) + d, 3) for d in (-1, 0, 1)],
     ],
 }  # fmt: skip
@@ -242,7 +243,7 @@ GRID_OF_THREADS = [
 def test_the_grid_knows_the_sizes():
     # Should they change, so must the grid.
     assert (B, G, W, T, RUN, rows.BLOCK, M) == (4096, 2048, 64, 2048, 48, 262144, 256)
-    assert (F, FR, N, _NEAR_BYTES) == (512, 32, 64, 32768)
+    assert (F, FR, _NEAR_BYTES) == (512, 32, 32768)
 
 
 @pytest.mark.parametrize(("name", "shape", "dtype", "threads"), GRID_OF_THREADS, ids=str)

@@ -28,14 +28,15 @@ def test_any_number_of_threads(threads, count):
 @pytest.fixture
 def dirty_memory(monkeypatch):
     """A function that fills all memory which kernels are to write before they read it, from now on."""
-    empty_like, new_table, empty = cpu.empty_like, launch.new_table, torch.empty
+    makers = {name: getattr(torch, name) for name in ("empty", "empty_like")}
 
     def fill(value):
         launch._work_memory(100_000)
         launch._scratch.memory.fill_(value)
-        monkeypatch.setattr(cpu, "empty_like", lambda x: empty_like(x).fill_(value))
-        monkeypatch.setattr(launch, "new_table", lambda plan: new_table(plan).fill_(value))
-        monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(value))
+        for name, make in makers.items():
+            monkeypatch.setattr(
+                torch, name, lambda *of, _make=make, **options: _make(*of, **options).fill_(value)
+            )
 
     return fill
 

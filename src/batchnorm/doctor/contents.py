@@ -32,6 +32,7 @@ class Contents:
 
     @classmethod
     def of(cls, batch: Any) -> Contents:
+        """The samples and the labels of a batch as a loader gives it."""
         return cls(samples_in(batch), labels(batch))
 
 

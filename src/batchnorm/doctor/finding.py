@@ -41,6 +41,7 @@ class Finding:
     fix: str
 
     def as_dict(self) -> dict[str, Any]:
+        """The attributes by name, `evidence` a dictionary of its own."""
         return asdict(self)
 
 

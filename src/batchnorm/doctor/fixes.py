@@ -213,6 +213,7 @@ def from_the_data(subject: Subject, layers: Sequence[str]) -> None:
 
 @fixes("BN111")
 def into_eval(subject: Subject, layers: Sequence[str]) -> None:
+    """Put the named layers, hand-written ones too, into eval mode; other modules keep theirs."""
     for name in layers:
         subject.model.get_submodule(name).eval()
 
@@ -246,6 +247,11 @@ def single_precision(subject: Subject, layers: Sequence[str]) -> None:
 
 @fixes("BN116")
 def shifts_of_zero(subject: Subject, layers: Sequence[str]) -> None:
+    """Set beta of the named layers to 0 in place; gamma, statistics and other layers stay.
+
+    Raises:
+        ValueError: a layer is trained, the optimizer has made a step, or the layer is hand-written.
+    """
     for name in layers:
         layer = _torch_layer(subject, name)
         if subject.optimizer_has_stepped or subject.is_trained(layer):
@@ -256,6 +262,7 @@ def shifts_of_zero(subject: Subject, layers: Sequence[str]) -> None:
 
 @fixes("BN119", "BN211")
 def convert_layers(subject: Subject, layers: Sequence[str]) -> None:
+    """`convert` the whole model, whichever layers are named: Parameters, buffers and modes stay."""
     convert(subject.model)
 
 

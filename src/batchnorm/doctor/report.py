@@ -47,6 +47,7 @@ class Report:
 
     @classmethod
     def of(cls, subject: Subject, findings: Sequence[Finding]) -> Report:
+        """The findings in `subject`, given in the order of its layers: the gravest first, then by code."""
         from batchnorm.doctor.pictures import pictures_of
 
         observed = () if subject.observed is None else subject.observed.layers

@@ -26,6 +26,7 @@ class Snapshot:
         self.random = Generators()
 
     def restore(self) -> None:
+        """Put everything back as it was when the snapshot was taken; as often as it is called."""
         for module in self.modules:
             module.restore()
         for tensor in self.tensors:
@@ -138,6 +139,7 @@ class Generators:
         self.numpy = None if numpy is None else (numpy.random, numpy.random.get_state())
 
     def restore(self) -> None:
+        """Set them to the states that they had; NumPy's and CUDA's where they were in use then."""
         random.setstate(self.python)
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from copy import copy
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ FUSED = frozenset({
 _SLOPE_FROM_OUTPUT = frozenset({"relu", "relu6", "leaky_relu"})
 _PLAIN_TYPES = (Tensor, nn.Parameter)
 
-_C = TypeVar("_C", bound="Call")
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class Call(ABC):
@@ -43,13 +44,15 @@ class Call(ABC):
         self.channel_dim = channel_dim
         self.by_batch = by_batch
         self.eps = eps
-        self.activation = activation if activation in FUSED else None
+        fused = activation in FUSED
+        self.activation = activation if fused else None
         # What is left for torch to apply.
-        self.unfused = None if activation in FUSED else activation
+        self.unfused = None if fused else activation
+        self.slope_from = "x" if residual is None else slope_from(self.activation, residual)
+        # Only a second derivative asks for these, so autograd is spared the watch over them.
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        self.versions: list[int] = []
-        self.slope_from = slope_from(self.activation, residual)
+        self.versions: tuple[int, int] = (0, 0)
 
     @abstractmethod
     def forward(
@@ -75,7 +78,7 @@ class Call(ABC):
         """The output, with a graph where gradients are wanted."""
         residual = None if residual is None else in_layout_of(x, residual)
         if torch.is_grad_enabled():
-            y = _Normalise.apply(x, weight, bias, residual, self)
+            y = _apply(x, weight, bias, residual, self)
         else:
             y = self.forward(x, weight, bias, residual)
         return y if self.unfused is None else reference.ACTIVATIONS[self.unfused](y)
@@ -91,7 +94,7 @@ class Call(ABC):
     ) -> tuple[Tensor | None, ...]:
         """As `backward`, in torch's operations: for `create_graph=True`, and for gradients under vmap."""
         weight, bias = self.weight, self.bias
-        if self.versions != _versions(weight, bias):
+        if self.versions != (_version(weight), _version(bias)):
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace "
                 "operation: the weight or bias of a batch norm"
@@ -142,11 +145,10 @@ class _Normalise(torch.autograd.Function):
         call: Call,
     ) -> Tensor:
         y = call.forward(x, weight, bias, residual)
-        if any(ctx.needs_input_grad) and recipes.is_recording():
+        if recipes.is_recording() and any(ctx.needs_input_grad):
             _offer(y, x, residual, call)
         ctx.call = call
-        # Only a second derivative asks for them, so autograd is spared the watch over them.
-        call.weight, call.bias, call.versions = weight, bias, _versions(weight, bias)
+        call.weight, call.bias, call.versions = weight, bias, (_version(weight), _version(bias))
         if call.slope_from == "x":
             ctx.save_for_backward(x)
         else:
@@ -164,6 +166,11 @@ class _Normalise(torch.autograd.Function):
             return (*call.backward_by_torch(grad_y, x, extra, wanted, create_graph), None)
 
 
+# What Function.apply calls after it has looked for torch.func transforms, of which there are none where a
+# `Call` runs: looking takes as long as much else of a small layer.
+_apply = getattr(super(torch.autograd.Function, _Normalise), "apply", _Normalise.apply)
+
+
 def slope_from(activation: str | None, residual: Tensor | None) -> str:
     """What is to be saved, besides x, to tell the slope of the activation: see `Call`."""
     if residual is None or activation is None:
@@ -171,16 +178,22 @@ def slope_from(activation: str | None, residual: Tensor | None) -> str:
     return "output" if activation in _SLOPE_FROM_OUTPUT else "residual"
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor holds its numbers: kernels see addresses, not tensors."""
-    return type(tensor) in _PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_neg()
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether the memory of each tensor holds its numbers: kernels see addresses, not tensors."""
+    for tensor in tensors:
+        if tensor is not None and not (
+            type(tensor) in _PLAIN_TYPES
+            and tensor.layout is torch.strided
+            and not tensor.is_neg()
+            and not _is_wrapped(tensor)  # kept from a torch.func transform that is over
+        ):
+            return False
+    return True
 
 
 def can_run_here() -> bool:
     """Whether kernels that see memory may run: not while others watch the operations, or derive forward."""
-    return not (
-        torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0 or torch.jit.is_tracing()
-    )
+    return not (_dispatch_modes() > 0 or forward_ad._current_level >= 0 or torch._C._is_tracing())
 
 
 def in_layout_of(x: Tensor, tensor: Tensor) -> Tensor:
@@ -205,6 +218,6 @@ def has_memory(tensor: Tensor) -> bool:
         return False
 
 
-def _versions(*tensors: Tensor | None) -> list[int]:
+def _version(tensor: Tensor | None) -> int:
     # A tensor made in inference mode has no version, and no gradient either.
-    return [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
+    return 0 if tensor is None or tensor.is_inference() else tensor._version

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
+
+Plan = TypeVar("Plan")
 
 
 class Layout(NamedTuple):
@@ -28,6 +31,16 @@ def layout_of(shape: torch.Size, strides: tuple[int, ...], channel_dim: int) -> 
         return None
     positions = math.prod(shape[channel_dim + 1 :])
     return Layout(False, values // (channels * positions), channels, positions)
+
+
+def planned(plan: Plan | None, x: Tensor, limit: str = "") -> Plan:
+    """`plan`, or ValueError where there is none for x; `limit` is what it must keep to besides, in words."""
+    if plan is None:
+        raise ValueError(
+            f"expected an input that is contiguous or has its channels last{limit}, got strides "
+            f"{x.stride()} for shape {tuple(x.shape)}: make it so with x.contiguous()"
+        )
+    return plan
 
 
 def _is_dense(shape: torch.Size, strides: tuple[int, ...], order: Iterable[int]) -> bool:

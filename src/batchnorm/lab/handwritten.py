@@ -51,4 +51,5 @@ class HandwrittenBatchNorm(nn.Module):
         return self.gamma * ((x - mean) / torch.sqrt(var + self.eps)) + self.beta
 
     def extra_repr(self) -> str:
+        """Channels, eps and momentum."""
         return f"{self.gamma.shape[1]}, eps={self.eps}, momentum={self.momentum}"

@@ -75,4 +75,5 @@ class Activation(nn.Module):
         return ACTIVATIONS[self.name](x)
 
     def extra_repr(self) -> str:
+        """The name of the activation."""
         return self.name

@@ -67,6 +67,7 @@ class Step:
             return F.cross_entropy(self.model(self._images), self._labels)
 
     def __call__(self) -> None:
+        """One step; gradients of the step before are cleared first."""
         self._optimizer.zero_grad()
         self.forward().backward()
         self._optimizer.step()

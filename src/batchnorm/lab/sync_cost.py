@@ -64,6 +64,7 @@ class Cost(NamedTuple):
     sent: float
 
     def seconds(self, network: Network) -> float:
+        """`calls * network.call + near * network.near + far * network.far + sent * network.per_byte`."""
         latencies = self.near * network.near + self.far * network.far
         return self.calls * network.call + latencies + self.sent * network.per_byte
 

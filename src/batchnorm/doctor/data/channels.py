@@ -34,6 +34,13 @@ _IMAGES_FOR_DEAD = 60
     needs_data=True,
 )
 def too_few_values(check: Check, subject: Subject) -> Iterator[Finding]:
+    """Below `_FEW` independent values per channel in a layer's smallest call; layers that are frozen aside.
+
+    They are `min(values, max(1, images / r))`, for r the variance of an image's mean by that of the values
+    (`_noise`), with the values and images of all processes that the layer normalises over. A note; for
+    training data, below `_TOO_FEW`, a warning, and with 2 values or fewer an error. The noise of the mean, in
+    standard deviations, is `1 / sqrt(independent values)`.
+    """
     observed: Observed = subject.observed
     for name, calls in observed.by_batch.statistics.items():
         if observed.layers[name].frozen:
@@ -118,6 +125,10 @@ def constant(seen: Population) -> Tensor:
     needs_data=True,
 )
 def constant_channels(check: Check, subject: Subject) -> Iterator[Finding]:
+    """Channels that are `constant` over all batches, in layers that were given more than 2 values of each.
+
+    A warning from a share of `_SHARE_OF_CHANNELS` of the layer's channels on, else a note.
+    """
     observed: Observed = subject.observed
     for name, seen in observed.populations.items():
         bad = constant(seen)
@@ -143,6 +154,11 @@ def constant_channels(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=True,
 )
 def dead_channels(check: Check, subject: Subject) -> Iterator[Finding]:
+    """Channels that a ReLU never lets through: no output above 0 in any image, by batch statistics.
+
+    Channels that are `constant` are BN204's. A warning where they are `_SHARE_DEAD` or more of the layer's
+    channels and there are `_IMAGES_FOR_DEAD` images or more, else a note.
+    """
     observed: Observed = subject.observed
     for name in observed.by_batch.statistics:
         if name not in observed.rectified or name not in observed.largest:
@@ -176,6 +192,10 @@ def dead_channels(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=True,
 )
 def dominated_by_eps(check: Check, subject: Subject) -> Iterator[Finding]:
+    """Channels that vary, with `var + 3 * sqrt(var_noise / batches) < eps` over all batches.
+
+    A warning from a share of `_SHARE_OF_CHANNELS` of the layer's channels on, else a note.
+    """
     observed: Observed = subject.observed
     for name, seen in observed.populations.items():
         eps = observed.layers[name].eps

@@ -33,6 +33,11 @@ _BEYOND, _TIMES = 8.0, 3.0
     needs_data=True,
 )
 def changes_with_mates(check: Check, subject: Subject) -> Iterator[Finding]:
+    """Predictions that change by `_CHANGE` std or more, and 3 times as much as when the batch is run again.
+
+    In eval mode, RMS over the same samples, with the other half of the batch exchanged (or left out, where no
+    other batch fits). An error; a warning where the layer at which it starts keeps no running statistics.
+    """
     observed: Observed = subject.observed
     if observed.mates is None:
         return
@@ -64,6 +69,14 @@ def changes_with_mates(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=True,
 )
 def ordered_batches(check: Check, subject: Subject) -> Iterator[Finding]:
+    """Batches that differ from each other by more than chance gives those of the same samples, shuffled.
+
+    Of the first `shuffled(...)` batches, by a permutation test: the variance between batches is `_BEYOND`
+    standard deviations above its mean over `_SHUFFLES` permutations, and more than `_TIMES` that mean. Of
+    class shares, where all these batches have labels; if they show nothing, of what a layer is given in eval
+    mode: the layer with the largest ratio, of those with a row per sample. One finding for the model: a
+    warning for training data, else a note.
+    """
     observed: Observed = subject.observed
     severity: Severity = "warning" if trains(subject) else "note"
     batches = subject.contents[: shuffled(subject.contents)]

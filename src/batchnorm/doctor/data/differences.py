@@ -30,6 +30,7 @@ class Differences:
 
     @classmethod
     def of(cls, one: Pass, by_batch: Pass) -> Differences:
+        """Of two passes over the same batches: of outputs and layers whose shapes are the same in both."""
         layers = {}
         for name, normalized in by_batch.normalized.items():
             pairs = zip(one.normalized.get(name, []), normalized, strict=False)

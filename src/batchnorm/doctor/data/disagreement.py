@@ -33,6 +33,11 @@ def _processes(subject: Subject) -> Processes | None:
     needs_data=True,
 )
 def parameters_differ(check: Check, subject: Subject) -> Iterator[Finding]:
+    """An error where the checksums of a parameter are not equal in all processes; NaN equals NaN.
+
+    One finding, in the layer of the first such parameter. Of the model instead: an error where names or
+    shapes differ between processes, and a note where the processes could not be gathered.
+    """
     found = _processes(subject)
     if found is None:
         return
@@ -91,6 +96,13 @@ def _bits(*tensors: torch.Tensor) -> bytes:
     needs_data=True,
 )
 def running_statistics_differ(check: Check, subject: Subject) -> Iterator[Finding]:
+    """Running statistics that are not equal in all processes: a note; far more so than by chance, a warning.
+
+    For m and v the RMS over channels of the standard deviation over processes of the running mean (in the
+    root of the mean running variance plus eps) and of the logarithm of the running variance plus eps: a
+    warning where `hypot(m, v) > _SHIFT` and m is more than 3 times chance, or where `v > log(2)`. Chance is
+    the noise of a mean over `batches_averaged` batches. Not of models that differ in structure.
+    """
     found = _processes(subject)
     if found is None or not found.each or not found.alike:
         return
@@ -134,6 +146,12 @@ def running_statistics_differ(check: Check, subject: Subject) -> Iterator[Findin
     needs_data=True,
 )
 def data_differ(check: Check, subject: Subject) -> Iterator[Finding]:
+    """A warning where the means of the first layer's inputs differ by more than `_SHIFT` and 3 times chance.
+
+    The standard deviation over the processes that have batches, two or more, in the root of the mean
+    variance; RMS over channels. Chance is the noise of the mean of a process's batches. Not of models that
+    differ in structure.
+    """
     found = _processes(subject)
     if found is None or not found.alike:
         return

@@ -23,6 +23,7 @@ _SHOWN = 300
     needs_data=True,
 )
 def raises(check: Check, subject: Subject) -> Iterator[Finding]:
+    """The error of the first batch on which a forward or the loss raised, else that of a training step."""
     observed: Observed = subject.observed
     found = observed.failure or observed.steps.failure
     if found is not None:

@@ -61,6 +61,12 @@ def scores_of(one: Pass) -> dict[str, float]:
     needs_data=True,
 )
 def train_eval_gap(check: Check, subject: Subject) -> Iterator[Finding]:
+    """An `output_gap` above `OF_OUTPUTS`, twice the recalibrated one, and that one plus 3 standard errors.
+
+    A warning; an error where it is above 1 and 3 times the recalibrated one. In the first layer whose
+    `layer_gap` is above `OF_LAYER` by the same rule, else the one that is furthest beyond its recalibrated
+    gap. Not where the running statistics of any layer were never moved, or nothing could be recalibrated.
+    """
     observed: Observed = subject.observed
     # A gap of statistics that were never moved is a static check's finding.
     if observed.never_moved:

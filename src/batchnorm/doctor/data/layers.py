@@ -39,6 +39,7 @@ class Layer:
 
     @property
     def eps(self) -> float:
+        """The module's own eps; torch's default, 1e-5, where it has none that is a number or a tensor."""
         eps = getattr(self.module, "eps", 1e-5)
         return float(eps) if isinstance(eps, float | int | Tensor) else 1e-5
 

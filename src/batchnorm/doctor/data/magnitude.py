@@ -31,6 +31,11 @@ _PADDED_MEAN, _PADDED_LOG_RATIO = 0.1, math.log(1.25)
     needs_data=True,
 )
 def cancellation(check: Check, subject: Subject) -> Iterator[Finding]:
+    """|mean|/std of `_SOME_DIGITS` or more in the worst channel: a note; above `_NO_DIGITS` a warning.
+
+    Over all batches, `constant` channels aside. `E[x²] - E[x]²` in float32 has a relative error of about
+    `eps * (mean / std)**2`, for eps that of float32.
+    """
     observed: Observed = subject.observed
     for name, seen in observed.populations.items():
         varies = ~constant(seen)
@@ -69,6 +74,11 @@ def _lost(ratio: float) -> str:
     needs_data=True,
 )
 def padding(check: Check, subject: Subject) -> Iterator[Finding]:
+    """A warning for the first layer whose statistics move by padding, frozen layers aside.
+
+    By `_PADDED_MEAN` or more in the mean (RMS over channels, in `sqrt(var + eps)` of the other positions), or
+    by `_PADDED_LOG_RATIO` or more in the logarithm of the variance. What counts as padding: `find_padding`.
+    """
     observed: Observed = subject.observed
     for name in observed.by_batch.statistics:
         if name not in observed.padding or observed.layers[name].frozen:
@@ -106,6 +116,10 @@ def padding(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=True,
 )
 def not_finite(check: Check, subject: Subject) -> Iterator[Finding]:
+    """An error for the first tensor with inf or NaN: a module's output, or the data.
+
+    In the pass by running statistics, else in that by batch statistics.
+    """
     observed: Observed = subject.observed
     if observed.not_finite is None:
         return

@@ -52,6 +52,7 @@ def without_images(one: Pass, calls: int, batches: float = math.inf, at_least: i
 
 
 def merge_differences(parts: Sequence[Differences | None]) -> Differences | None:
+    """As `Differences.merge`, of the ranks that have any; None where none has."""
     known = [part for part in parts if part is not None]
     return Differences.merge(known) if known else None
 

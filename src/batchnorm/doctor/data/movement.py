@@ -31,6 +31,10 @@ _OTHER_DATA_SHIFT = 0.3
     needs_data=True,
 )
 def moved_in_eval(check: Check, subject: Subject) -> Iterator[Finding]:
+    """An error for each layer whose running statistics moved in eval mode, by whatever amount.
+
+    Or that a forward has put in training mode meanwhile, frozen layers aside.
+    """
     observed: Observed = subject.observed
     for name in observed.layers:
         if name in observed.in_training_mode or name in observed.moved_in_eval:
@@ -58,6 +62,7 @@ def moved_in_eval(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=True,
 )
 def moved_in_backward(check: Check, subject: Subject) -> Iterator[Finding]:
+    """A warning for each layer whose running statistics a backward pass has moved, by whatever amount."""
     observed: Observed = subject.observed
     for name in observed.layers:
         moved = observed.steps.moved_in_backward.get(name, 0.0)
@@ -81,6 +86,13 @@ def moved_in_backward(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=True,
 )
 def moved_again(check: Check, subject: Subject) -> Iterator[Finding]:
+    """One warning for layers that count two batches or more in a step, of the same batch or of other data.
+
+    In every step, that is. By the first two calls of each batch: for L the squared difference of their means
+    by that of independent batches, and I that of an image's means by that of two images, the same batch is
+    `L < _SAME_BATCH` and `I < _SAME_IMAGE`; other data are `L > _OTHER_DATA` and a difference of the means
+    above `_OTHER_DATA_SHIFT` std. Between them are two batches of one kind of data, which is no fault.
+    """
     observed: Observed = subject.observed
     grave = []
     for name, calls in observed.by_batch.statistics.items():
@@ -158,6 +170,7 @@ def _images_differ(pairs: list[Pair]) -> float:
     needs_data=True,
 )
 def graphgrows(check: Check, subject: Subject) -> Iterator[Finding]:
+    """An error for each module whose tensors keep more of autograd's nodes alive after each of 3 steps."""
     observed: Observed = subject.observed
     for name, nodes in observed.steps.nodes.items():
         if grows(nodes):
@@ -180,6 +193,7 @@ def graphgrows(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=True,
 )
 def memorygrows(check: Check, subject: Subject) -> Iterator[Finding]:
+    """A warning for each module whose tensors hold more bytes after each of 3 steps."""
     observed: Observed = subject.observed
     for name, held in observed.steps.bytes.items():
         if grows(held):

@@ -39,6 +39,7 @@ class Process:
     def of(
         cls, network: nn.Module, layers: Mapping[str, Layer], populations: dict[str, Population]
     ) -> Process:
+        """What this process has: shapes, checksums, and the values of buffers of less than 2**20 elements."""
         shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
         for name, layer in layers.items():
             if layer.statistics is not None:

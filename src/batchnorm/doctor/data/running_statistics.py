@@ -125,6 +125,11 @@ def _domain(subject: Subject, found: dict[str, Mismatch]) -> str | None:
     needs_data=True,
 )
 def running_against_population(check: Check, subject: Subject) -> Iterator[Finding]:
+    """A `mismatch` that is grave: a warning; in a frozen layer, a note.
+
+    One that is significant and not grave, with an RMS of 0.1 or more in shift or log ratio, is a note. Not of
+    layers that were never moved, and of none where BN215 takes it for a shift of the data.
+    """
     observed: Observed = subject.observed
     found = _mismatches(observed)
     domain = _domain(subject, found)
@@ -157,6 +162,11 @@ def running_against_population(check: Check, subject: Subject) -> Iterator[Findi
     needs_data=True,
 )
 def domain_shift(check: Check, subject: Subject) -> Iterator[Finding]:
+    """A warning in place of BN202's where the first layer's `mismatch` is grave, on data that do not train.
+
+    The first that has running statistics and has moved them; not where that layer is frozen. With the output
+    gap and the scores before and after recalibration, as measured.
+    """
     observed: Observed = subject.observed
     found = _mismatches(observed)
     first = _domain(subject, found)

@@ -31,6 +31,10 @@ _CLOSE = 4.0
     needs_data=False,
 )
 def dead(check: Check, subject: Subject) -> Iterator[Finding]:
+    """Any |gamma| below `DEAD`: a note, and from a share of `MANY` of the layer's channels on a warning.
+
+    All of them are a warning, but a note where they are exactly 0 in a layer that is not trained.
+    """
     for name, layer in subject.batch_norms.items():
         if not isinstance(layer.weight, Tensor):
             continue
@@ -71,6 +75,7 @@ def dead(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=False,
 )
 def not_finite(check: Check, subject: Subject) -> Iterator[Finding]:
+    """An error for each parameter of a batch norm in which any value is NaN or inf."""
     for name, layer in subject.batch_norms.items():
         for own, parameter in layer.named_parameters(recurse=False):
             bad = int((~torch.isfinite(parameter)).sum())
@@ -94,6 +99,11 @@ def not_finite(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=False,
 )
 def shifted(check: Check, subject: Subject) -> Iterator[Finding]:
+    """Beta over channels, two or more: |mean| at least 0.5 and at least `_CLOSE` standard deviations.
+
+    A warning where it is the same in all channels (a standard deviation of 1e-5 of the mean or less), else a
+    note. Hand-written layers too, by what they were seen to add.
+    """
     shifts = {name: seen.shift for name, seen in subject.handwritten.items()}
     shifts |= {
         name: layer.bias for name, layer in subject.batch_norms.items() if isinstance(layer.bias, Tensor)

@@ -24,6 +24,13 @@ from batchnorm.doctor.subject import Subject
     needs_data=False,
 )
 def in_training_mode(check: Check, subject: Subject) -> Iterator[Finding]:
+    """An error for each layer that is in training mode when `subject.evaluate` calls it for the first time.
+
+    Hand-written layers too. The evaluation is stopped after the model's first forward; the model is put back.
+
+    Raises:
+        ValueError: there are layers, and it called none of them.
+    """
     if subject.evaluate is None:
         return
     names = {subject.model.get_submodule(name): name for name in (*subject.batch_norms, *subject.handwritten)}

@@ -24,6 +24,7 @@ from batchnorm.model.freeze import affine_is_frozen, is_frozen
     needs_data=False,
 )
 def training_in_eval(check: Check, subject: Subject) -> Iterator[Finding]:
+    """An error for each layer in training mode in a model that is in eval mode, hand-written layers too."""
     if subject.model.training:
         return
     for name, layer in _layers(subject):
@@ -47,6 +48,15 @@ def training_in_eval(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=False,
 )
 def in_part(check: Check, subject: Subject) -> Iterator[Finding]:
+    """In a model in training mode: layers in eval mode, with fixed weights, or with some fixed weights.
+
+    Not layers that `bn.freeze` has frozen. Weights are fixed where none of the layer's requires a gradient.
+
+    - In eval mode: a warning; a note where its weights are fixed, it has none, or all are in eval mode.
+    - Weights fixed (but not by `bn.freeze(affine=True)`) and statistics moving (tracked, momentum not 0): a
+      warning; a note where no parameter of the model requires a gradient.
+    - In training mode, with some of its weights fixed: a note.
+    """
     if not subject.model.training:
         return
     layers = [(name, layer) for name, layer in _layers(subject) if not is_frozen(layer)]

@@ -19,6 +19,7 @@ from batchnorm.doctor.subject import Subject
     needs_data=False,
 )
 def not_saved(check: Check, subject: Subject) -> Iterator[Finding]:
+    """An error for a hand-written layer with a running statistic that its state_dict lacks."""
     for name, seen in subject.handwritten.items():
         missing = [kept for kept in seen.kept if not kept.is_saved]
         if missing:
@@ -44,6 +45,7 @@ def not_saved(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=False,
 )
 def keeps_graph(check: Check, subject: Subject) -> Iterator[Finding]:
+    """An error for a hand-written layer with a running statistic that requires a gradient after a forward."""
     for name, seen in subject.handwritten.items():
         keeping = [kept for kept in seen.kept if kept.keeps_graph]
         if keeping:
@@ -67,6 +69,7 @@ def keeps_graph(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=False,
 )
 def by_hand(check: Check, subject: Subject) -> Iterator[Finding]:
+    """A note for each hand-written layer, with whether a running variance of its is the biased one."""
     for name, seen in subject.handwritten.items():
         biased = any(kept.correction == 0 for kept in seen.kept)
         module = subject.model.get_submodule(name)

@@ -26,6 +26,12 @@ STRONG_PULL = 1e-4
     needs_data=False,
 )
 def weight_decay(check: Check, subject: Subject) -> Iterator[Finding]:
+    """A layer whose weight or bias learns in a group of the optimizer with weight decay.
+
+    A warning where `lr * weight_decay` of the first of them is above `STRONG_PULL`, else a note. A step of
+    SGD or AdamW without a gradient leaves `1 - lr * weight_decay` of a value: half of it after about
+    `log(2) / (lr * weight_decay)` steps.
+    """
     if subject.optimizer is None:
         return
     groups = {parameter: group for group in subject.optimizer.param_groups for parameter in group["params"]}

@@ -39,6 +39,11 @@ _SOFTMAX_FUNCTIONS = {F.softmax, F.log_softmax, torch.softmax, torch.log_softmax
     needs_data=False,
 )
 def bias(check: Check, subject: Subject) -> Iterator[Finding]:
+    """A note for a linear or convolution layer with a bias whose output goes into a batch norm alone.
+
+    Perhaps through transposes and permutations. The bias has a value per channel of the batch norm, and one
+    that is not 0. Not before a layer that `bn.freeze` has frozen, which does not subtract it again.
+    """
     for call in _batch_norm_calls(subject):
         before = _only_input(call)
         while before is not None and len(before.users) == 1 and _swaps_dimensions(before):
@@ -71,6 +76,10 @@ def bias(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=False,
 )
 def dropout(check: Check, subject: Subject) -> Iterator[Finding]:
+    """A warning for a batch norm whose input comes from dropout, perhaps through reshapes and activations.
+
+    Modules, and functional calls that a trace in training mode does not see switched off; with p > 0.
+    """
     for call in _batch_norm_calls(subject):
         before = _only_input(call)
         while before is not None and _keeps_dropout(before):
@@ -99,6 +108,10 @@ def dropout(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=False,
 )
 def logits(check: Check, subject: Subject) -> Iterator[Finding]:
+    """A batch norm right after an `nn.Linear`, with the model's output, perhaps through reshapes and softmax.
+
+    A warning where softmax or log_softmax is among them, else a note.
+    """
     for call in _batch_norm_calls(subject):
         before, last = _only_input(call), call
         probabilities = False
@@ -135,6 +148,10 @@ def logits(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=False,
 )
 def pooling(check: Check, subject: Subject) -> Iterator[Finding]:
+    """A batch norm behind pooling to 1x1, perhaps through reshapes, activations and 1x1 convolutions.
+
+    A note; an error where the smallest batch that was given has one sample.
+    """
     smallest = min((batch.samples for batch in subject.contents if batch.samples), default=None)
     for call in _batch_norm_calls(subject):
         before = _only_input(call)

@@ -25,6 +25,7 @@ HALF = (torch.float16, torch.bfloat16)
     needs_data=False,
 )
 def half(check: Check, subject: Subject) -> Iterator[Finding]:
+    """Parameters or buffers in `HALF`: a warning for the running variance in training mode, else a note."""
     for name, layer in subject.batch_norms.items():
         tensors = chain(layer.named_buffers(recurse=False), layer.named_parameters(recurse=False))
         low = {own: tensor.dtype for own, tensor in tensors if tensor.dtype in HALF}

@@ -31,6 +31,12 @@ _SHARE = 0.01
     needs_data=False,
 )
 def momentum(check: Check, subject: Subject) -> Iterator[Finding]:
+    """Momentum, the weight of the new batch, of `HIGH_MOMENTUM` or more: a warning. Outside 0 to 1: an error.
+
+    Of `LOW_MOMENTUM` or less: a warning, or a note where less than `_SHARE` of the first statistics is left,
+    `(1 - momentum)**batches`. Not of layers that `bn.freeze` has frozen or that keep no running statistics;
+    of hand-written ones the momentum that was measured, where it is high.
+    """
     for name, seen in subject.handwritten.items():
         weight = max(kept.momentum for kept in seen.kept)
         if weight >= HIGH_MOMENTUM:
@@ -81,6 +87,11 @@ def _batches(momentum: float) -> float:
     needs_data=False,
 )
 def eps(check: Check, subject: Subject) -> Iterator[Finding]:
+    """An eps of 0 or less: an error. Below `SMALL_EPS`, or `LARGE_EPS` and more: a warning.
+
+    A large one is a note where its share `eps / (v + eps)`, for v the median running variance, is below
+    `_SHARE`; that is known once batches were counted.
+    """
     for name, layer in subject.batch_norms.items():
         value = float(layer.eps)
         if value <= 0:

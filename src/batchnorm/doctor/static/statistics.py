@@ -28,6 +28,10 @@ from batchnorm.model.freeze import is_frozen
     needs_data=False,
 )
 def never_updated(check: Check, subject: Subject) -> Iterator[Finding]:
+    """Running mean 0 and variance 1 in every channel: an error in a layer that is trained.
+
+    A note where `bn.freeze` has frozen it, and for one that is not trained in a model where another is.
+    """
     others_trained = any(subject.is_trained(layer) for layer in subject.batch_norms.values())
     for name, layer in _with_statistics(subject):
         if not _as_new(layer):
@@ -62,6 +66,11 @@ def never_updated(check: Check, subject: Subject) -> Iterator[Finding]:
     needs_data=False,
 )
 def impossible(check: Check, subject: Subject) -> Iterator[Finding]:
+    """Per layer, running statistics that are NaN or inf: an error; a running variance below 0: an error.
+
+    A running variance of 0: a warning, or a note where gamma is 0 in all those channels. Of a hand-written
+    layer, a running variance of 0 in every channel: a warning.
+    """
     for name, layer in _with_statistics(subject):
         mean, variance = _float(layer.running_mean), _float(layer.running_var)
         yield from _bad(check, name, mean, variance, layer)

@@ -24,6 +24,11 @@ _CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
     needs_data=False,
 )
 def shared(check: Check, subject: Subject) -> Iterator[Finding]:
+    """A batch norm called in several places: a warning where it follows different layers, else a note.
+
+    A function counts as another layer at each call. A note too for one that is called once at most, and
+    registered under several names.
+    """
     aliases: dict[nn.Module, list[str]] = {}
     for name, module in subject.model.named_modules(remove_duplicate=False):
         aliases.setdefault(module, []).append(name)
@@ -70,6 +75,7 @@ def _source(call: Call) -> object:
     needs_data=False,
 )
 def convertible(check: Check, subject: Subject) -> Iterator[Finding]:
+    """One note for all layers of exactly torch.nn's classes, lazy ones aside."""
     layers = [name for name, layer in subject.batch_norms.items() if type(layer) in _CONVERTIBLE]
     if layers:
         yield check.finding(

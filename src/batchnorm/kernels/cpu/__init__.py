@@ -7,16 +7,16 @@ from __future__ import annotations
 import warnings
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from batchnorm import recipes
-from batchnorm.kernels.autograd import Call, can_run_here, in_layout_of, is_plain
+from batchnorm.kernels.autograd import Call, are_plain, can_run_here, in_layout_of
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu import launch, team
 from batchnorm.kernels.cpu.pages import empty_like
 from batchnorm.kernels.cpu.plan import DTYPES, Plan, function, plan
+from batchnorm.kernels.layout import planned
 from batchnorm.moments import Moments
 
 # Their gradient is kept between the two passes over it: computing it again would cost more.
@@ -36,39 +36,37 @@ def supports(
     training: bool = True,
 ) -> bool:
     """Whether the kernels take these tensors where this code is running, and are worth calling."""
-    size, dtype, channels = x.numel(), x.dtype, x.shape[channel_dim]
+    dtype, channels = x.dtype, x.shape[channel_dim]
     alone = activation is None and residual is None
     recording = recipes.is_recording() and torch.is_grad_enabled()
-    if not size or not (recording or pays(size, training, alone, "rows")):
+    if x.numel() == 0 or not (recording or pays(x, channel_dim, training, alone)):
         return False
-    if dtype not in DTYPES or not _is_plain(x, dtype):
+    if dtype not in DTYPES or not x.is_cpu or not are_plain(x, residual, *parameters):
         return False
     for parameter in parameters:
         if parameter is not None and not (
-            _is_plain(parameter, dtype) and parameter.is_contiguous() and parameter.numel() == channels
+            parameter.dtype is dtype
+            and parameter.is_cpu
+            and parameter.numel() == channels
+            and parameter.is_contiguous()
         ):
             return False
-    if residual is not None and not _is_plain(residual, dtype):
+    if residual is not None and not (residual.dtype is dtype and residual.is_cpu):
         return False
-    the_plan = _plan(x, channel_dim)
-    if the_plan is None or not (recording or pays(size, training, alone, the_plan.kind)):
+    if _plan(x, channel_dim) is None or torch.are_deterministic_algorithms_enabled():
         return False
-    return not torch.are_deterministic_algorithms_enabled() and can_run_here() and _work()
+    return can_run_here() and _work()
 
 
-def pays(size: int, training: bool, alone: bool, kind: str) -> bool:
-    """Whether a kernel of this kind makes up for being called from Python."""
+def pays(x: Tensor, channel_dim: int, training: bool, alone: bool) -> bool:
+    """Whether a kernel makes up for being called from Python."""
+    size = x.numel()
     if not training:
         # Alone and in runs, one pass, torch is at the speed of memory too.
-        return size >= SMALLEST_IN_EVAL and (kind == "rows" or not alone)
+        return size >= SMALLEST_IN_EVAL and (not alone or x.stride(channel_dim) == 1)
     if not torch.is_grad_enabled():
         return size >= SMALLEST
     return size >= (SMALLEST_WITH_GRADIENT if alone else SMALLEST_FUSED)
-
-
-def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the memory of a tensor holds its numbers: kernels see addresses, not tensors."""
-    return tensor.dtype is dtype and tensor.is_cpu and is_plain(tensor)
 
 
 @cache
@@ -145,12 +143,17 @@ def training_and_moving(
     if running_mean is not None and running_var is not None:
         counter = 0
         if num_batches_tracked is not None:
-            if _is_plain(num_batches_tracked, torch.int64) and num_batches_tracked.numel() == 1:
+            if _is_counter(num_batches_tracked):
                 counter = num_batches_tracked.data_ptr()
             else:
                 num_batches_tracked.add_(1)
         call.running = running_mean.data_ptr(), running_var.data_ptr(), counter, momentum
     return call.run(x, weight, bias, residual)
+
+
+def _is_counter(tensor: Tensor) -> bool:
+    """Whether a kernel can count in it."""
+    return type(tensor) is Tensor and tensor.is_cpu and tensor.dtype is torch.int64 and tensor.numel() == 1
 
 
 class _Call(Call):
@@ -162,17 +165,17 @@ class _Call(Call):
         self,
         x: Tensor,
         channel_dim: int,
-        statistics: np.int64,
+        statistics: int,
         eps: float,
         activation: str | None,
         residual: Tensor | None,
     ) -> None:
-        super().__init__(channel_dim, bool(statistics == f.OF_BATCH), eps, activation, residual)
+        Call.__init__(self, channel_dim, statistics == f.OF_BATCH, eps, activation, residual)
         the_plan = _plan(x, channel_dim)
         assert the_plan is not None  # by `supports`
         self.plan = the_plan
         self.statistics = statistics
-        self.table = launch.new_table(the_plan)
+        self.table = torch.empty_like(the_plan.table)
         # Addresses of the running mean, variance and counter, and the momentum.
         self.running = (0, 0, 0, 0.0)
 
@@ -202,8 +205,8 @@ class _Call(Call):
         wants_x, wants_weight, wants_bias, wants_residual = wanted
         grad_y = in_layout_of(x, grad_y)
         grad_x = empty_like(x) if wants_x else None
-        grad_weight = torch.empty(the_plan.channels, dtype=x.dtype) if wants_weight else None
-        grad_bias = torch.empty(the_plan.channels, dtype=x.dtype) if wants_bias else None
+        grad_weight = torch.empty_like(the_plan.parameter) if wants_weight else None
+        grad_bias = torch.empty_like(the_plan.parameter) if wants_bias else None
         grad_z = grad_residual = None
         if wants_residual:
             grad_residual = grad_y if activation is None else empty_like(x)
@@ -226,7 +229,7 @@ class _Call(Call):
 def statistics(x: Tensor, *, channel_dim: int) -> Moments:
     """Count, mean and m2 of each channel of x, all float64; not differentiable."""
     the_plan = _plan_of(x, channel_dim)
-    table = launch.new_table(the_plan)
+    table = torch.empty_like(the_plan.table)
     launch.run_forward(the_plan, table, x, None, None, f.OF_BATCH, the_plan.count)
     count = torch.full((), the_plan.count, dtype=torch.float64)
     return Moments(count, table[f.MEAN], table[f.M2])
@@ -251,7 +254,7 @@ def apply(
         residual: in the memory layout of x.
     """
     the_plan, y = _plan_of(x, channel_dim), empty_like(x)
-    table = launch.new_table(the_plan)
+    table = torch.empty_like(the_plan.table)
     torch.stack([moments.mean, moments.m2], out=table[: f.M2 + 1])
     launch.run_forward(
         the_plan, table, x, y, residual, f.OF_MOMENTS, float(moments.count), weight, bias,
@@ -332,10 +335,4 @@ def backward_apply(
 
 
 def _plan_of(x: Tensor, channel_dim: int) -> Plan:
-    the_plan = _plan(x, channel_dim)
-    if the_plan is None:
-        raise ValueError(
-            "expected an input that is contiguous or has its channels last, got strides "
-            f"{x.stride()} for shape {tuple(x.shape)}: make it so with x.contiguous()"
-        )
-    return the_plan
+    return planned(_plan(x, channel_dim), x)

@@ -33,8 +33,9 @@ COUNT, EPS, MOMENTUM = _count(31, 34)
 
 FORMAT = "31q3d"
 
-# What STATISTICS says to normalise by: OF_MOMENTS is by those in the table.
-OF_BATCH, RUNNING, OF_TABLE, OF_MOMENTS = _count(0, 4)
+# What STATISTICS says to normalise by: OF_MOMENTS is by those in the table. Kernels only compare with these,
+# and every call packs one: Python's integers, which is faster.
+OF_BATCH, RUNNING, OF_TABLE, OF_MOMENTS = range(4)
 
 # Rows of a layer's table: float64, one number per channel.
 MEAN, M2, SCALE, SHIFT, INVSTD = _count(0, 5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import threading
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,18 +15,13 @@ from batchnorm.kernels.cpu.plan import Plan
 _pack = struct.Struct(f.FORMAT).pack
 
 
-def new_table(plan: Plan) -> Tensor:
-    """Memory for the statistics of every channel: float64, rows as in `fields.py`."""
-    return torch.empty((f.TABLE_ROWS, plan.channels), dtype=torch.float64)
-
-
 def run_forward(
     plan: Plan,
     table: Tensor,
     x: Tensor,
     y: Tensor | None,
     residual: Tensor | None,
-    statistics: np.int64,
+    statistics: int,
     count: float,
     weight: Tensor | None = None,
     bias: Tensor | None = None,

@@ -40,7 +40,7 @@ def load(
         name: what tells this function from the others.
         build: makes its Numba signature and the function to compile.
         symbols: addresses of the outside functions that it calls, by name.
-        vector_bits: the widest vectors to use, on x86: 128, 256 or 512.
+        vector_bits: the widest vectors to use, on x86: 128 or 256.
     """
     with _lock:
         folder = cache_folder()
@@ -144,7 +144,7 @@ _LLVM_TYPES = {"int64": "i64", "float32": "float", "float64": "double"}
 @cache
 def _target_machine(vector_bits: int) -> Any:
     features = _features()
-    if platform.machine() in ("x86_64", "AMD64") and vector_bits < 512:
+    if platform.machine() in ("x86_64", "AMD64"):
         features += f",+prefer-{vector_bits}-bit"
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()

@@ -39,6 +39,7 @@ class Plan:
         threads: size of the team.
         work: float64 numbers of scratch memory, forward and backward alike.
         typed: how many of them come before the numbers in the tensor's dtype.
+        table, parameter: without memory; to make a tensor like another takes half as long as by its shape.
     """
 
     def __init__(
@@ -59,6 +60,8 @@ class Plan:
         self.threads = threads
         self.work = work
         self.typed = typed
+        self.table = torch.empty((), dtype=torch.float64).expand(int(f.TABLE_ROWS), shape[1])
+        self.parameter = torch.empty((), dtype=dtype).expand(shape[1])
         self._forward: dict[Any, tuple[int, int]] = {}
         self._backward: dict[Any, tuple[int, int, int, int]] = {}
 

@@ -36,8 +36,6 @@ BLOCK = 262144
 MOST_ROWS = 256
 # Rows of the first block, which is read twice: for a mean that is near enough to centre the others by.
 FIRST_ROWS = 32
-# Rows of more columns are summed one at a time: four streams side by side are read more slowly than one.
-NARROW_ROW = 64
 
 # Rows of sums, as wide as a wide row, that each thread needs behind those that all share.
 THREAD_ROWS = 3
@@ -46,16 +44,12 @@ THREAD_ROWS = 3
 @loop
 def add_rows(x, rows, width, stride, sums):
     """Adds to `sums` the sum of each column."""
-    fours = rows // 4 if width <= NARROW_ROW else 0
-    for four in range(fours):
-        # Four rows at a time: a quarter of the traffic to the sums.
-        a = 4 * four * stride
-        b = a + stride
-        c = b + stride
-        d = c + stride
+    quarter = rows // 4
+    for row in range(quarter):
+        a, b, c, d = four_rows(row, quarter, stride)
         for i in range(width):
             add_to_first(sums, i, (get(x, a + i) + get(x, b + i)) + (get(x, c + i) + get(x, d + i)))
-    for row in range(4 * fours, rows):
+    for row in range(4 * quarter, rows):
         for i in range(width):
             add_to_first(sums, i, get(x, row * stride + i))
 
@@ -63,23 +57,30 @@ def add_rows(x, rows, width, stride, sums):
 @loop
 def add_centred_rows(x, rows, width, stride, centre, first, second):
     """Adds to `first` and `second` the sums of `x - centre` and of its square, for each column."""
-    fours = rows // 4 if width <= NARROW_ROW else 0
-    for four in range(fours):
-        a = 4 * four * stride
-        b = a + stride
-        c = b + stride
-        d = c + stride
+    quarter = rows // 4
+    for row in range(quarter):
+        a, b, c, d = four_rows(row, quarter, stride)
         for i in range(width):
             m = get(centre, i)
             xa, xb = get(x, a + i) - m, get(x, b + i) - m
             xc, xd = get(x, c + i) - m, get(x, d + i) - m
             add_to_first(first, i, (xa + xb) + (xc + xd))
             add_to_second(second, i, (xa * xa + xb * xb) + (xc * xc + xd * xd))
-    for row in range(4 * fours, rows):
+    for row in range(4 * quarter, rows):
         for i in range(width):
             xa = get(x, row * stride + i) - get(centre, i)
             add_to_first(first, i, xa)
             add_to_second(second, i, xa * xa)
+
+
+@loop
+def four_rows(row, quarter, stride):
+    """Where a row of each quarter of a block begins.
+
+    Several rows at a time are a part of the traffic to the sums; and far apart, as memory is fetched ahead
+    page by page, and rows on one page are in each other's way.
+    """
+    return row * stride, (row + quarter) * stride, (row + 2 * quarter) * stride, (row + 3 * quarter) * stride
 
 
 @loop

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from batchnorm import recipes
-from batchnorm.kernels.autograd import Call, can_run_here, in_layout_of, is_plain
+from batchnorm.kernels.autograd import Call, are_plain, can_run_here, in_layout_of
 from batchnorm.kernels.cuda import plan as planning
 from batchnorm.kernels.cuda.plan import Plan
 from batchnorm.kernels.cuda.thresholds import Kind, worthwhile
+from batchnorm.kernels.layout import planned
 from batchnorm.moments import Moments
+
+_LIMIT = f", with at most {planning.MOST_VALUES:,} values of a channel"
 
 
 def supports(
@@ -37,20 +40,17 @@ def supports(
     kind = Kind(training, fused, rows, dtype.itemsize == 2)
     if size == 0 or not (recording or worthwhile(kind, size)):
         return False
-    if dtype not in planning.DTYPES or not is_plain(x):
+    if dtype not in planning.DTYPES or not are_plain(x, residual, *parameters):
         return False
     for parameter in parameters:
         if parameter is not None and not (
-            is_plain(parameter)
-            and parameter.dtype in (dtype, torch.float32)
+            parameter.dtype in (dtype, torch.float32)
             and parameter.device == x.device
             and parameter.is_contiguous()
             and parameter.numel() == channels
         ):
             return False
-    if residual is not None and not (
-        is_plain(residual) and residual.dtype is dtype and residual.device == x.device
-    ):
+    if residual is not None and not (residual.dtype is dtype and residual.device == x.device):
         return False
     return _plan(x, channel_dim) is not None and can_run_here() and _work()
 
@@ -344,11 +344,4 @@ def backward_apply(
 
 
 def _plan_of(x: Tensor, channel_dim: int) -> Plan:
-    the_plan = _plan(x, channel_dim)
-    if the_plan is None:
-        raise ValueError(
-            f"expected an input that is contiguous or has its channels last, with at most "
-            f"{planning.MOST_VALUES:,} values of a channel, got strides {x.stride()} for shape "
-            f"{tuple(x.shape)}: make it so with x.contiguous()"
-        )
-    return the_plan
+    return planned(_plan(x, channel_dim), x, _LIMIT)

@@ -81,6 +81,7 @@ class MultiplyAdd(nn.Module):
         return _finish(y, residual, self.activation)
 
     def extra_repr(self) -> str:
+        """The number of channels, where they are, and the activation if there is one."""
         extra = "" if self.activation is None else f", activation={self.activation!r}"
         return f"{self.weight.shape[0]}, channel_dim={self.channel_dim}{extra}"
 
@@ -101,6 +102,7 @@ class ResidualActivation(nn.Module):
         return _finish(x, residual, self.activation)
 
     def extra_repr(self) -> str:
+        """The activation, None included."""
         return f"activation={self.activation!r}"
 
 

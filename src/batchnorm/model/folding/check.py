@@ -81,6 +81,7 @@ class EvalSyncBatchNorm(nn.SyncBatchNorm):
     """SyncBatchNorm in eval mode, on any device."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalise by the running statistics, whatever the mode; nothing moves or is communicated."""
         return nn.functional.batch_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
         )

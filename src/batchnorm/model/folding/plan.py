@@ -84,6 +84,11 @@ class Planner:
         self._plan = Plan()
 
     def plan(self) -> Plan:
+        """Decide for each batch norm of the model, those without a place in the graph last.
+
+        Raises:
+            ValueError: one has running statistics and a scale or shift that is not finite.
+        """
         names = self._graphs.names
         norms = [module for module in names if isinstance(module, _BatchNorm)]
         for norm in norms:

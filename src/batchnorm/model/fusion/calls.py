@@ -42,6 +42,8 @@ _IN_PLACE = {function for function in _CALLS if function.__name__.endswith("_")}
 
 
 class Activation(NamedTuple):
+    """An activation by its name in the layers' vocabulary, and whether the call overwrites its input."""
+
     name: str
     in_place: bool
 
@@ -78,6 +80,7 @@ _asking = Tensor._make_subclass(_Asking, NOTHING)
 
 
 def activation_of_module(module: nn.Module) -> Activation | None:
+    """The activation that a module is, if it is one of torch.nn's own that the layers know."""
     if type(module) not in _MODULES or "forward" in module.__dict__:
         return None
     return module.forward(_asking)

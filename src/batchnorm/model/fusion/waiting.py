@@ -247,36 +247,38 @@ def hooked_after(module: nn.Module) -> bool:
 
 
 def hooked(module: nn.Module | None) -> bool:
+    """Whether a hook sees the input or the output of `module`, or its gradient; of None, there is none."""
     return module is not None and (bool(module._forward_pre_hooks) or hooked_after(module))
 
 
 def caller_of(frame: FrameType) -> tuple[str, str]:
+    """Where the code of a frame stands: the name of its module, and of the function in it."""
     return frame.f_globals.get("__name__", ""), frame.f_code.co_name
 
 
-class FusingBatchNorm1d(_Fusing, BatchNorm1d):
+class FusingBatchNorm1d(_Fusing, BatchNorm1d):  # noqa: D101
     __doc__ = f"{inspect.getdoc(BatchNorm1d)}"
 
 
-class FusingBatchNorm2d(_Fusing, BatchNorm2d):
+class FusingBatchNorm2d(_Fusing, BatchNorm2d):  # noqa: D101
     __doc__ = f"{inspect.getdoc(BatchNorm2d)}"
 
 
-class FusingBatchNorm3d(_Fusing, BatchNorm3d):
+class FusingBatchNorm3d(_Fusing, BatchNorm3d):  # noqa: D101
     __doc__ = f"{inspect.getdoc(BatchNorm3d)}"
 
 
-class FusingLazyBatchNorm1d(_Fusing, LazyBatchNorm1d):
+class FusingLazyBatchNorm1d(_Fusing, LazyBatchNorm1d):  # noqa: D101
     __doc__ = f"{inspect.getdoc(LazyBatchNorm1d)}"
     cls_to_become = FusingBatchNorm1d
 
 
-class FusingLazyBatchNorm2d(_Fusing, LazyBatchNorm2d):
+class FusingLazyBatchNorm2d(_Fusing, LazyBatchNorm2d):  # noqa: D101
     __doc__ = f"{inspect.getdoc(LazyBatchNorm2d)}"
     cls_to_become = FusingBatchNorm2d
 
 
-class FusingLazyBatchNorm3d(_Fusing, LazyBatchNorm3d):
+class FusingLazyBatchNorm3d(_Fusing, LazyBatchNorm3d):  # noqa: D101
     __doc__ = f"{inspect.getdoc(LazyBatchNorm3d)}"
     cls_to_become = FusingBatchNorm3d
 
