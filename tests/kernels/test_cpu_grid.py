@@ -242,7 +242,7 @@ GRID_OF_THREADS = [
 
 def test_the_grid_knows_the_sizes():
     # Should they change, so must the grid.
-    assert (B, G, W, T, RUN, rows.BLOCK, M) == (4096, 2048, 64, 2048, 48, 262144, 256)
+    assert (B, G, W, T, RUN, rows.BLOCK, M) == (4096, 2048, 128, 2048, 48, 262144, 256)
     assert (F, FR, _NEAR_BYTES) == (512, 32, 32768)
 
 

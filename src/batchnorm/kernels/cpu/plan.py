@@ -25,7 +25,7 @@ _NEAR_BYTES = 32 * 1024
 # Activations that cost no more than a comparison.
 _LIGHT = frozenset({None, "relu", "relu6", "leaky_relu"})
 # Rows of fewer channels are taken several at a time.
-_WIDE_ROW = 64
+_WIDE_ROW = 128
 
 
 class Plan:
