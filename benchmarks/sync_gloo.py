@@ -1,22 +1,22 @@
-"""RESULT"""
+"""How long the collectives of synchronised batch norm take over gloo on this machine, and by the model.
+
+    python benchmarks/sync_gloo.py
+
+All-reduces and gathers, single ones and those of a step of ResNet-50, by 2, 3 and 4 processes in turn. The
+model is `batchnorm.lab.sync_cost`, fitted to the times of 2. Result: the end of benchmarks/sync_scale.txt.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from ranks import found_by_ranks, one_of_them
 from torch import Tensor
 
 from batchnorm.lab import sync_cost
@@ -107,47 +107,24 @@ def all_gather(numbers: int, processes: int) -> Call:
 
 
 def time_processes(processes: int) -> dict[str, Timed]:
-    """Of the slowest of so many processes, which end with this function whatever happens."""
-    children: list[subprocess.Popen[bytes]] = []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for rank in range(processes):
-                command = [sys.executable, __file__, str(rank), str(processes), folder]
-                children.append(subprocess.Popen(command, env=environment, start_new_session=True))
-            deadline = time.monotonic() + SECONDS
-            for child in children:
-                if child.wait(max(0.0, deadline - time.monotonic())):
-                    raise RuntimeError(f"one of {processes} processes failed: its error is above")
-        finally:
-            for child in children:
-                if child.poll() is None:
-                    os.killpg(child.pid, signal.SIGKILL)
-                    child.wait()
-        of_ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(processes)]
+    """Of the slowest of so many processes."""
+    of_ranks = found_by_ranks(__file__, processes, SECONDS)
     return {
         name: Timed(*(max(column) for column in zip(*(found[name] for found in of_ranks), strict=True)))
         for name in of_ranks[0]
     }
 
 
-def measure(rank: int, processes: int, folder: Path) -> None:
-    """One of the processes: time the cases in turn, and leave the medians in the folder."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), processes)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=SECONDS)
-    )
-    timed = cases(processes)
-    seconds: dict[str, list[list[float]]] = {name: [] for name in timed}
-    for _ in range(ROUNDS + 3):
-        for name, calls in timed.items():
-            dist.barrier()
-            seconds[name].append([duration(call) for call in calls])
-    times = {name: summary(found[3:]) for name, found in seconds.items()}
-    (folder / f"{rank}.json").write_text(json.dumps(times))
-    dist.barrier()
-    dist.destroy_process_group()
+def measure(arguments: list[str]) -> None:
+    """One of the processes: time the cases in turn."""
+    with one_of_them(arguments, SECONDS) as (processes, found):
+        timed = cases(processes)
+        seconds: dict[str, list[list[float]]] = {name: [] for name in timed}
+        for _ in range(ROUNDS + 3):
+            for name, calls in timed.items():
+                dist.barrier()
+                seconds[name].append([duration(call) for call in calls])
+        found |= {name: summary(rounds[3:]) for name, rounds in seconds.items()}
 
 
 def duration(call: Call) -> float:
@@ -168,4 +145,4 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         show_measured()
     else:
-        measure(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+        measure(sys.argv[1:])

@@ -6,19 +6,15 @@ times the layers of another version too, by its `src` folder, in rounds between 
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from ranks import found_by_ranks, one_of_them
 from torch import Tensor
 
 import batchnorm as bn
@@ -59,54 +55,37 @@ def show(sources: list[str]) -> None:
 
 
 def time_processes(source: str) -> dict[str, dict[str, float]]:
-    """Of the slowest process, by case and kind of layer; the processes end with this function."""
-    children: list[subprocess.Popen[bytes]] = []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": source}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for rank in range(PROCESSES):
-                command = [sys.executable, __file__, str(rank), folder]
-                children.append(subprocess.Popen(command, env=environment, start_new_session=True))
-            deadline = time.monotonic() + SECONDS
-            for child in children:
-                if child.wait(max(0.0, deadline - time.monotonic())):
-                    raise RuntimeError("one of the processes failed: its error is above")
-        finally:
-            for child in children:
-                if child.poll() is None:
-                    os.killpg(child.pid, signal.SIGKILL)
-                    child.wait()
-        ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(PROCESSES)]
+    """Of the slowest process, by case and kind of layer."""
+    ranks = found_by_ranks(__file__, PROCESSES, SECONDS, PYTHONPATH=source)
     return {
         case: {kind: max(of[case][kind] for of in ranks) for kind in times}
         for case, times in ranks[0].items()
     }
 
 
-def measure(rank: int, folder: Path) -> None:
-    """One of the processes: leaves seconds by case and kind of layer."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), PROCESSES)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
-    found = {}
-    for shape, last, with_residual in CASES:
-        layout = torch.channels_last if last else torch.contiguous_format
-        x, residual, grad = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(3))
-        leaves = [x.requires_grad_(), residual.requires_grad_()][: 1 + with_residual]
-        layers = {
-            "alone": bn.BatchNorm2d(shape[1], activation="relu"),
-            "sync": bn.BatchNorm2d(shape[1], activation="relu", sync=True),
-            "by torch": bn.BatchNorm2d(shape[1], activation="relu", sync=True),
-        }
-        times: dict[str, list[float]] = {kind: [] for kind in layers}
-        for _ in range(STEPS + 2):
-            for kind, layer in layers.items():
-                times[kind].append(step(layer, leaves, grad, kind == "by torch"))
-        name = f"{'x'.join(map(str, shape))}{' channels_last' if last else ''}{' + residual' * with_residual}"
-        found[name] = {kind: statistics.quantiles(of[2:], n=10)[0] for kind, of in times.items()}
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+def measure(arguments: list[str]) -> None:
+    """One of the processes: seconds by case and kind of layer."""
+    with one_of_them(arguments, SECONDS) as (_, found):
+        for shape, last, with_residual in CASES:
+            name = "x".join(map(str, shape)) + " channels_last" * last + " + residual" * with_residual
+            found[name] = of_case(shape, last, with_residual)
+
+
+def of_case(shape: tuple[int, ...], last: bool, with_residual: bool) -> dict[str, float]:
+    """Seconds by kind of layer, of the fastest tenth; the layers take turns."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    x, residual, grad = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(3))
+    leaves = [x.requires_grad_(), residual.requires_grad_()][: 1 + with_residual]
+    layers = {
+        "alone": bn.BatchNorm2d(shape[1], activation="relu"),
+        "sync": bn.BatchNorm2d(shape[1], activation="relu", sync=True),
+        "by torch": bn.BatchNorm2d(shape[1], activation="relu", sync=True),
+    }
+    times: dict[str, list[float]] = {kind: [] for kind in layers}
+    for _ in range(STEPS + 2):
+        for kind, layer in layers.items():
+            times[kind].append(step(layer, leaves, grad, kind == "by torch"))
+    return {kind: statistics.quantiles(of[2:], n=10)[0] for kind, of in times.items()}
 
 
 def step(layer: torch.nn.Module, leaves: list[Tensor], grad: Tensor, by_torch: bool) -> float:
@@ -123,7 +102,7 @@ def step(layer: torch.nn.Module, leaves: list[Tensor], grad: Tensor, by_torch: b
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        show([HERE, *sys.argv[1:]])
+    if sys.argv[1:] and sys.argv[1].isdecimal():
+        measure(sys.argv[1:])
     else:
-        measure(int(sys.argv[1]), Path(sys.argv[2]))
+        show([HERE, *sys.argv[1:]])

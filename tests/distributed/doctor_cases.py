@@ -16,7 +16,8 @@ from tests.distributed import cases
 from tests.doctor.data import faults
 from tests.doctor.data.digits import Case, Make, batches, trained
 
-CASES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {}
+CASES: cases.Cases = {}
+case = cases.registering(CASES)
 LENET = "lab/torch/relu"
 SICK: dict[str, Make] = {
     "BN201": faults.spoiled(LENET, faults.statistics("fc.1", factor=0.01)),
@@ -39,16 +40,6 @@ SICK: dict[str, Make] = {
 }
 # What is merged in ways of its own: calls, batches' sizes, the first batch of all, pairs of calls, samples.
 IN_THREE = {"BN202", "BN203", "BN208", "BN209", "BN212", "BN214", "BN216", "BN217"}
-
-
-def case(*on: int) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Register a case for sets of these many processes."""
-
-    def register(function: Callable[[], None]) -> Callable[[], None]:
-        CASES[function.__name__] = function, on
-        return function
-
-    return register
 
 
 def dealt(data: list[Any], sizes: list[int] | None = None) -> list[Any]:

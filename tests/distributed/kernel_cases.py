@@ -15,7 +15,8 @@ from torch.testing import assert_close
 import batchnorm as bn
 from batchnorm import synchronised
 from batchnorm.kernels import cpu, reference
-from tests.distributed.cases import SPLITS, C, assert_near, case, matching, parameters_of, parts, recorded
+from tests.distributed.cases import SPLITS, C, assert_near, case, parameters_of, parts, recorded
+from tests.distributed.matching_cases import matching
 
 MAP = (C, 64, 64)
 SMALL, LARGE, NONE = (3, C, 2, 2), (3, *MAP), (0, C, 2, 2)

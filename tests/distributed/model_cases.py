@@ -1,4 +1,4 @@
-"""What a set of processes checks together about whole models: convert, accumulation, DDP, and bytes."""
+"""What a set of processes checks together about whole models: convert, training, accumulation, DDP, bytes."""
 
 import copy
 
@@ -94,7 +94,10 @@ def accumulated_gradients_are_those_of_one_process() -> None:
 @case(2)
 def ddp_broadcasts_buffers_between_two_forwards_and_a_backward() -> None:
     """pytorch#65907: what the first forward saved is not what the broadcast before the second writes."""
-    for options in ({}, {"sync": True}, {"momentum": None}, {"renorm": True}, {"activation": "relu"}):
+    for options in (
+        {}, {"sync": True}, {"momentum": None}, {"renorm": True}, {"activation": "relu"},
+        {"sync": True, "renorm": True, "activation": "relu"},
+    ):  # fmt: skip
         torch.manual_seed(3)
         model = nn.Sequential(nn.Linear(C, C), bn.BatchNorm1d(C, **options))
         twin = copy.deepcopy(model)
@@ -110,6 +113,7 @@ def ddp_broadcasts_buffers_between_two_forwards_and_a_backward() -> None:
         for name, parameter in twin.named_parameters():
             wanted[name] = parameter.grad / 2
             dist.all_reduce(wanted[name])
+        assert model[1].num_batches_tracked == 2
         for name, parameter in model.named_parameters():
             error = (parameter.grad - wanted[name]).abs().max()
             assert error <= 1e-4 * wanted[name].abs().max() + 1e-5, f"{options} {name}: {error}"
@@ -137,3 +141,37 @@ def bytes_of_a_step() -> None:
 def ring(k: int) -> float:
     """How often a process sends each number in a ring all-reduce."""
     return 2 * (k - 1) / k
+
+
+def synchronised(model: nn.Module) -> nn.Module:
+    for layer in model.modules():
+        if isinstance(layer, bn.BatchNorm1d | bn.BatchNorm2d):
+            layer.sync = True
+    return model
+
+
+@case(2)
+def lenet_trains_as_on_one_process() -> None:
+    # Rounding grows along a training run, so the float64 run shows what float32's difference is made of.
+    for dtype, steps, tolerance in ((torch.float64, 20, 1e-12), (torch.float32, 100, 1e-3)):
+        torch.manual_seed(0)
+        one = LeNet().to(dtype)
+        ddp = DistributedDataParallel(synchronised(copy.deepcopy(one)))
+        pictures = torch.randn(10, 1, 28, 28)
+        pairs = [(model, torch.optim.SGD(model.parameters(), lr=0.1)) for model in (one, ddp)]
+        rank = dist.get_rank()
+        losses: list[list[Tensor]] = [[], []]
+        for _ in range(steps):
+            labels = torch.randint(10, (64,))
+            images = (pictures[labels] + torch.randn(64, 1, 28, 28)).to(dtype)
+            mine = slice(32 * rank, 32 * rank + 32)
+            for (model, optimizer), curve, batch in zip(pairs, losses, (slice(64), mine), strict=True):
+                loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                curve.append(loss.detach())
+        ours, wanted = torch.stack(losses[1]), torch.stack(losses[0])
+        dist.all_reduce(ours)
+        assert wanted[-1] < 0.9 * wanted[0]
+        assert_near(ours / 2, wanted, tolerance, f"{dtype} loss curve")

@@ -19,6 +19,13 @@ def compare(backend: str, device: torch.device, rank: int, processes: int, folde
     """A layer over the processes, by the kernels and by torch, beside float64 on the whole batch."""
     store = dist.FileStore(str(folder / "store"), processes)
     dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
+    try:
+        compare_batches(device, rank, processes)
+    finally:
+        dist.destroy_process_group()
+
+
+def compare_batches(device: torch.device, rank: int, processes: int) -> None:
     with pytest.MonkeyPatch.context() as patch, thresholds.everywhere():
         # A group of one would not communicate.
         patch.setattr(distributed, "group_of", lambda sync: dist.group.WORLD if sync else None)
@@ -29,7 +36,6 @@ def compare(backend: str, device: torch.device, rank: int, processes: int, folde
             (torch.float32, None, False, False),
         ]:
             one_batch(device, rank, processes, dtype, activation, with_residual, last)
-    dist.destroy_process_group()
 
 
 def one_batch(

@@ -20,16 +20,35 @@ import torch.distributed as dist
 import batchnorm as bn
 from tests.distributed import (
     cases,
+    communication_cases,
+    failure_cases,
     join_cases,
     kernel_cases,
+    matching_cases,
+    merge_cases,
     model_cases,
     recalibrate_cases,
+    torch_cases,
     training_cases,
+    uneven_cases,
 )
 from tests.distributed.cases import CASES, C, case
 
 # Imported for the cases they register.
-__all__ = ["CASES", "join_cases", "kernel_cases", "model_cases", "recalibrate_cases", "training_cases"]
+__all__ = [
+    "CASES",
+    "communication_cases",
+    "failure_cases",
+    "join_cases",
+    "kernel_cases",
+    "matching_cases",
+    "merge_cases",
+    "model_cases",
+    "recalibrate_cases",
+    "torch_cases",
+    "training_cases",
+    "uneven_cases",
+]
 
 
 @case(2)

@@ -1,20 +1,15 @@
 """Tests over several processes: synchronised layers, and running statistics that are merged."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.distributed.children import run_ranks
 from tests.distributed.run import CASES
 
-ROOT = Path(__file__).parents[2]
 # For all the cases of a set of processes; on a 2-core machine that others use too a set takes up to 40.
 SECONDS = 120
 
@@ -28,36 +23,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def run(
     processes: int, folder: Path, module: str = "tests.distributed.cases", seconds: float = SECONDS
 ) -> list[dict[str, Any]]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    children = []
-    try:
-        for rank in range(processes):
-            with open(folder / f"{rank}.log", "w") as log:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "tests.distributed.run",
-                    str(rank),
-                    str(processes),
-                    str(folder),
-                    module,
-                ]
-                # A session of its own, so that whatever a child may start ends with it.
-                children.append(
-                    subprocess.Popen(
-                        command, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True
-                    )
-                )
-        deadline = time.monotonic() + seconds
-        for child in children:
-            child.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        pass  # the cases that are missing from the results say so
-    finally:
-        for child in children:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+    """What each rank leaves; where it was killed, cases are missing."""
+    run_ranks("tests.distributed.run", processes, folder, seconds, module)
     return [result(folder, rank) for rank in range(processes)]
 
 

@@ -9,8 +9,9 @@ from batchnorm.kernels import cpu
 from batchnorm.kernels.autograd import FUSED
 from batchnorm.kernels.cpu import rows, slabs, team
 from batchnorm.kernels.cpu.plan import _GROUP_COLUMNS, _SHORT_RUN, _TILE_BYTES, _WIDE_ROW
+from tests.kernels.cpu_checks import KINKS, LAST, agree, inputs, size_of_terms
+from tests.kernels.definition import EPS, by_definition
 from tests.kernels.halves import by_halves
-from tests.kernels.test_cpu import EPS, KINKS, LAST, agree, by_definition, inputs, size_of_terms
 
 pytestmark = pytest.mark.skipif(not team.available(), reason="torch's threads are not libgomp's here")
 

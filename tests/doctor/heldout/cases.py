@@ -51,11 +51,17 @@ def untrained(
     data: str,
     size: int,
     on: Callable[[Batches], Batches] = list,
+    change: Change | None = None,
     **options: Any,
 ) -> Make:
+    """A new model, changed, in training mode with training batches."""
+
     def make() -> Case:
         torch.manual_seed(5)
-        return build().train(), on(batches(data, size)), options
+        model = build().train()
+        if change:
+            change(model)
+        return model, on(batches(data, size)), options
 
     return make
 

@@ -19,12 +19,17 @@ def by_class(given: Batches) -> Batches:
     return [(x[order[i : i + size]], y[order[i : i + size]]) for i in range(0, len(x), size)]
 
 
-def setting(layer: str, **values: Any) -> Change:
+def in_layer(layer: str, act: Callable[[Any], Any]) -> Change:
+    """Something done to the layer of that name."""
+
     def change(model: nn.Module) -> None:
-        for name, value in values.items():
-            setattr(model.get_submodule(layer), name, value)
+        act(model.get_submodule(layer))
 
     return change
+
+
+def setting(layer: str, **values: Any) -> Change:
+    return in_layer(layer, lambda norm: [setattr(norm, name, value) for name, value in values.items()])
 
 
 def filled(tensor: str, change_of: Callable[[Tensor], Tensor], channels: slice = slice(None)) -> Change:
@@ -45,6 +50,11 @@ def replaced(path: str, make: Callable[[nn.Module], nn.Module]) -> Change:
         setattr(owner, name, make(getattr(owner, name)).train(owner.training))
 
     return change
+
+
+def followed_by(path: str, make: Callable[[], nn.Module]) -> Change:
+    """Another module behind the one at that path, as its `1`."""
+    return replaced(path, lambda module: nn.Sequential(module, make()))
 
 
 def scaled(factor: float, offset: float = 0.0) -> Callable[[Batches], Batches]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from tests.doctor.data.digits import Make
 from tests.doctor.heldout.cases import judged
-from tests.doctor.heldout.changes import by_class, replaced
+from tests.doctor.heldout.changes import by_class, followed_by, setting
 
 
 class Centred(nn.Module):
@@ -19,17 +19,14 @@ SICK: list[tuple[str, Make, str, str | None]] = [
         "no running statistics",
         judged(
             "densenet",
-            change=lambda m: [
-                setattr(m.features[6], n, v)
-                for n, v in (("running_mean", None), ("running_var", None), ("track_running_stats", False))
-            ],
+            change=setting("features.6", running_mean=None, running_var=None, track_running_stats=False),
         ),
         "BN216",
         "features.6",
     ),
     (
         "centred over the batch",
-        judged("audio", change=replaced("3", lambda pool: nn.Sequential(pool, Centred()))),
+        judged("audio", change=followed_by("3", Centred)),
         "BN216",
         "3.1",
     ),

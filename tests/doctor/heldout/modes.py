@@ -7,15 +7,13 @@ from torch import nn
 
 from tests.doctor.data.digits import Case, Make
 from tests.doctor.heldout.cases import Change, judged
+from tests.doctor.heldout.changes import in_layer
 from tests.doctor.heldout.datasets import batches
 from tests.doctor.heldout.training import trained
 
 
 def in_training(layer: str) -> Change:
-    def change(model: nn.Module) -> None:
-        model.get_submodule(layer).train()
-
-    return change
+    return in_layer(layer, nn.Module.train)
 
 
 def evaluated_in_training_mode() -> Case:
@@ -31,13 +29,7 @@ def evaluated_in_training_mode() -> Case:
 
 
 def half_frozen(layer: str, *, weights: bool, mode: bool) -> Change:
-    def change(model: nn.Module) -> None:
-        norm = model.get_submodule(layer)
-        norm.train(mode)
-        for parameter in norm.parameters():
-            parameter.requires_grad_(weights)
-
-    return change
+    return in_layer(layer, lambda norm: norm.train(mode).requires_grad_(weights))
 
 
 SICK: list[tuple[str, Make, str, str | None]] = [

@@ -10,7 +10,7 @@ from torch import nn
 from tests.doctor.data.digits import Case, Make
 from tests.doctor.heldout import nets
 from tests.doctor.heldout.cases import Change, judged
-from tests.doctor.heldout.changes import filled, scaled
+from tests.doctor.heldout.changes import filled, in_layer, scaled
 from tests.doctor.heldout.datasets import Batches, batches
 from tests.doctor.heldout.training import adam, cross_entropy, fit
 
@@ -34,11 +34,7 @@ def ema_of_parameters_by_hand() -> Case:
 
 
 def means_off(layer: str, deviations: float) -> Change:
-    def change(model: nn.Module) -> None:
-        norm = model.get_submodule(layer)
-        norm.running_mean += deviations * norm.running_var.sqrt()
-
-    return change
+    return in_layer(layer, lambda norm: norm.running_mean.add_(deviations * norm.running_var.sqrt()))
 
 
 def fine_tuned_from_another_preprocessing(model: nn.Module) -> None:

@@ -11,14 +11,11 @@ from torch import nn
 from tests.doctor.data.digits import Make
 from tests.doctor.heldout import nets
 from tests.doctor.heldout.cases import Change, judged, new_with_optimizer, untrained
-from tests.doctor.heldout.changes import setting
+from tests.doctor.heldout.changes import in_layer, setting
 
 
 def in_dtype(layer: str, dtype: torch.dtype) -> Change:
-    def change(model: nn.Module) -> None:
-        model.get_submodule(layer).to(dtype)
-
-    return change
+    return in_layer(layer, lambda norm: norm.to(dtype))
 
 
 def with_decay(build: Callable[[], nn.Module], kind: Any, lr: float, decay: float) -> Make:
@@ -61,7 +58,7 @@ SICK: list[tuple[str, Make, str, str | None]] = [
     ),
     (
         "momentum 0.0005",
-        untrained(lambda: (m := nets.rep_vgg(), setting("3.identity", momentum=0.0005)(m))[0], "digits", 32),
+        untrained(nets.rep_vgg, "digits", 32, change=setting("3.identity", momentum=0.0005)),
         "BN106",
         "3.identity",
     ),

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.doctor.data.digits import Make
 from tests.doctor.heldout import nets
 from tests.doctor.heldout.cases import judged, untrained
-from tests.doctor.heldout.changes import replaced
+from tests.doctor.heldout.changes import followed_by, replaced
 from tests.doctor.heldout.training import cross_entropy
 
 
@@ -134,7 +134,7 @@ SICK: list[tuple[str, Make, str, str | None]] = [
             "audio",
             training=True,
             loss=True,
-            change=replaced("3", lambda pool: nn.Sequential(pool, Remembering(graph=True))),
+            change=followed_by("3", lambda: Remembering(graph=True)),
         ),
         "BN213",
         "3.1",
@@ -145,7 +145,7 @@ SICK: list[tuple[str, Make, str, str | None]] = [
             "densenet",
             training=True,
             loss=True,
-            change=replaced("features.3", lambda pool: nn.Sequential(pool, Remembering(graph=False))),
+            change=followed_by("features.3", lambda: Remembering(graph=False)),
         ),
         "BN214",
         "features.3.1",

@@ -8,7 +8,7 @@ from torch import nn
 from tests.doctor.data.digits import Make
 from tests.doctor.heldout import nets
 from tests.doctor.heldout.cases import Change, judged, untrained
-from tests.doctor.heldout.changes import filled
+from tests.doctor.heldout.changes import filled, in_layer
 
 
 def both(*changes: Change) -> Change:
@@ -20,7 +20,7 @@ def both(*changes: Change) -> Change:
 
 
 def reset_statistics(layer: str) -> Change:
-    return lambda model: model.get_submodule(layer).reset_running_stats()
+    return in_layer(layer, lambda norm: norm.reset_running_stats())
 
 
 SICK: list[tuple[str, Make, str, str | None]] = [
@@ -92,7 +92,7 @@ SICK: list[tuple[str, Make, str, str | None]] = [
     ),
     (
         "beta of one",
-        untrained(lambda: (m := nets.audio_net(), filled("5.bias", torch.ones_like)(m))[0], "tones", 32),
+        untrained(nets.audio_net, "tones", 32, change=filled("5.bias", torch.ones_like)),
         "BN116",
         "5",
     ),

@@ -54,7 +54,7 @@ def reduce_runs(
     real: Real, name: str | None, slope_from: str, store: bool
 ) -> tuple[Any, Callable[..., None]]:
     """Adds each run's `sum(grad_z)` and `sum(grad_z * (x - mean))` to `sums`; with `store`, writes grad_z."""
-    slope = _slope(real, name, slope_from)
+    differentiate = _differentiate(real, name, slope_from)
 
     @reduction
     def sums_of(grad_y, x, extra, grad_z, size, mean, scale, shift, zero):
@@ -62,7 +62,7 @@ def reduce_runs(
         second = zero
         for i in range(size):
             centred = get(x, i) - mean
-            grad = get(grad_y, i) * slope(centred * scale + shift, extra, i)
+            grad = differentiate(get(grad_y, i), centred * scale + shift, extra, i)
             if store:
                 put(grad_z, i, grad)
             first += grad
@@ -96,7 +96,7 @@ def gradient_runs(
 
     The three coefficients of a channel are side by side.
     """
-    slope = _slope(real, name, slope_from)
+    differentiate = _differentiate(real, name, slope_from)
 
     def gradient(grad_y, x, extra, grad_x, channels, stride, size, means, scales, shifts, coefficients):
         for c in range(channels):
@@ -106,7 +106,7 @@ def gradient_runs(
             a = c * stride
             for i in range(size):
                 k, centred = a + i, get(x, a + i) - mean
-                grad = get(grad_y, k) * slope(centred * scale + shift, extra, k)
+                grad = differentiate(get(grad_y, k), centred * scale + shift, extra, k)
                 if by_batch:
                     put(grad_x, k, grad * by_grad + (centred * by_x + constant))
                 else:
@@ -150,12 +150,12 @@ def reduce_rows(
     real: Real, name: str | None, slope_from: str, store: bool
 ) -> tuple[Any, Callable[..., None]]:
     """As `reduce_runs` for rows: adds the sums of each column to `first` and `second`."""
-    slope = _slope(real, name, slope_from)
+    differentiate = _differentiate(real, name, slope_from)
 
     @loop
     def grad_and_centred(grad_y, x, extra, grad_z, k, mean, scale, shift):
         centred = get(x, k) - mean
-        grad = get(grad_y, k) * slope(centred * scale + shift, extra, k)
+        grad = differentiate(get(grad_y, k), centred * scale + shift, extra, k)
         if store:
             put(grad_z, k, grad)
         return grad, centred
@@ -186,12 +186,12 @@ def gradient_rows(
     real: Real, name: str | None, slope_from: str, by_batch: bool
 ) -> tuple[Any, Callable[..., None]]:
     """As `gradient_runs` for rows."""
-    slope = _slope(real, name, slope_from)
+    differentiate = _differentiate(real, name, slope_from)
 
     @loop
     def put_gradient(grad_y, x, extra, grad_x, k, mean, scale, shift, by_grad, by_x, constant):
         centred = get(x, k) - mean
-        grad = get(grad_y, k) * slope(centred * scale + shift, extra, k)
+        grad = differentiate(get(grad_y, k), centred * scale + shift, extra, k)
         if by_batch:
             put(grad_x, k, grad * by_grad + (centred * by_x + constant))
         else:
@@ -217,18 +217,27 @@ def gradient_rows(
     return signature, loop(gradient)
 
 
-def _slope(real: Real, name: str | None, slope_from: str) -> Callable[..., Any]:
-    slope = slope_of(name, real)
+# Where their slope is 0, torch does not look at the upstream gradient.
+_FLAT = frozenset({"relu", "relu6", "hardsigmoid", "hardswish"})
 
-    def from_x(z, extra, i):
-        return slope(z)
 
-    def from_residual(z, extra, i):
-        return slope(z + get(extra, i))
+def _differentiate(real: Real, name: str | None, slope_from: str) -> Callable[..., Any]:
+    """`grad_y * slope(z)`; a NaN or inf of the upstream gradient goes no further than in torch."""
+    slope, zero, flat = slope_of(name, real), real(0), name in _FLAT
 
-    def from_output(z, extra, i):
+    @loop
+    def times(grad, slope):
+        return zero if flat and slope == zero else grad * slope
+
+    def from_x(grad_y, z, extra, i):
+        return times(grad_y, slope(z))
+
+    def from_residual(grad_y, z, extra, i):
+        return times(grad_y, slope(z + get(extra, i)))
+
+    def from_output(grad_y, z, extra, i):
         # Where these activations bend, y and z are on the same side.
-        return slope(get(extra, i))
+        return times(grad_y, slope(get(extra, i)))
 
     return loop({FROM_X: from_x, FROM_RESIDUAL: from_residual, FROM_OUTPUT: from_output}[slope_from])
 
