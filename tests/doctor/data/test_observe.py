@@ -281,3 +281,23 @@ def test_what_a_hand_made_layer_raises_when_it_is_looked_at_is_no_failure_of_the
     observed = observe(subject(model, [torch.randn(8, 3) for _ in range(3)]), lambda steps: None)
     assert observed.failure is observed.steps.failure is None
     assert list(observed.populations) == ["2"]
+
+
+class OnNothing(nn.Module):
+    """Its batch norm is called on an empty batch too, as where an image has no regions of interest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x)
+        if not self.training:
+            self.norm(x[:0])
+        return y
+
+
+def test_an_empty_call_of_a_layer_is_no_failure() -> None:
+    observed = observe(subject(OnNothing(), [torch.randn(8, 4) for _ in range(3)]), lambda steps: None)
+    assert observed.failure is None
+    assert list(observed.populations) == ["norm"]

@@ -179,7 +179,7 @@ class PassRecorder:
 
     def _after(self, layer: Layer) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim >= 2 and self.by_batch:
+            if isinstance(output, Tensor) and output.ndim >= 2 and output.numel() and self.by_batch:
                 with _whatever_it_holds(layer):
                     self._take_output(layer, output)
 
