@@ -106,6 +106,24 @@ def test_pooling_without_data_is_a_note() -> None:
     assert not found(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.BatchNorm2d(3)), "BN105")
 
 
+def test_pooling_with_a_batch_of_one_is_an_error_where_it_is_trained_on() -> None:
+    pooled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten())
+    batch = [torch.randn(1, 3, 8, 8)]
+    assert found(pooled, "BN105", loader=batch)[0].severity == "error"
+    (in_eval,) = found(pooled.eval(), "BN105", loader=batch)
+    assert in_eval.severity == "note"
+    assert "one value per sample" in in_eval.what
+    optimizer = torch.optim.SGD(pooled.parameters(), lr=0.1)
+    assert found(pooled, "BN105", loader=batch, optimizer=optimizer)[0].severity == "error"
+
+
+def test_pooling_before_a_frozen_layer_is_no_finding() -> None:
+    pooled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten())
+    pooled[2].eval()
+    assert not found(pooled, "BN105", loader=[torch.randn(1, 3, 8, 8)])
+    assert not found(bn.freeze(pooled.train()), "BN105", loader=[torch.randn(1, 3, 8, 8)])
+
+
 def test_momentum() -> None:
     low = block(nn.BatchNorm1d(6, momentum=1e-3))
     assert found(low, "BN106")[0].severity == "warning"

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.contents import shuffled
-from batchnorm.doctor.data.layers import trains
 from batchnorm.doctor.data.noise import BatchStatistics
 from batchnorm.doctor.data.observed import Observed
 from batchnorm.doctor.finding import Finding, Severity
@@ -78,7 +77,7 @@ def ordered_batches(check: Check, subject: Subject) -> Iterator[Finding]:
     One finding for the model: a warning for training data, else a note.
     """
     observed: Observed = subject.observed
-    severity: Severity = "warning" if trains(subject) else "note"
+    severity: Severity = "warning" if subject.trains else "note"
     batches = subject.contents[: shuffled(subject.contents)]
     classes = [batch.labels for batch in batches]
     known = [y for y in classes if y is not None]

@@ -154,8 +154,3 @@ def running_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     if len(found) == 2 and found["mean"].numel() == found["var"].numel():
         return found["mean"], found["var"]
     return None
-
-
-def trains(subject: Subject) -> bool:
-    """Whether the batches are taken for the training data: an optimizer, or a model in training mode."""
-    return subject.optimizer is not None or subject.model.training

@@ -150,15 +150,18 @@ def logits(check: Check, subject: Subject) -> Iterator[Finding]:
 def pooling(check: Check, subject: Subject) -> Iterator[Finding]:
     """A batch norm behind pooling to 1x1, perhaps through reshapes, activations and 1x1 convolutions.
 
-    A note; an error where the smallest batch that was given has one sample.
+    A note; an error where the smallest batch of training data has one sample. Not of a layer that normalises
+    by its running statistics in training too.
     """
     smallest = min((batch.samples for batch in subject.contents if batch.samples), default=None)
     for call in _batch_norm_calls(subject):
+        if _stays_in_eval(subject, call):
+            continue
         before = _only_input(call)
         while before is not None and (_reshapes(before) or _is_activation(before) or _is_pointwise(before)):
             before = _only_input(before)
         if before is not None and _pools_to_one(before):
-            alone = smallest == 1
+            alone = smallest == 1 and subject.trains
             yield check.finding(
                 call.layer,
                 "a batch of one sample gives it one value per channel, and there is one in the data"
@@ -180,6 +183,11 @@ def _batch_norm_calls(subject: Subject) -> Iterator[Call]:
             continue
         seen.add(call.layer)
         yield call
+
+
+def _stays_in_eval(subject: Subject, call: Call) -> bool:
+    module = subject.model.get_submodule(call.layer or "")
+    return is_frozen(module) or (subject.model.training and not module.training)
 
 
 def _only_input(call: Call) -> Call | None:
