@@ -89,6 +89,16 @@ def test_functional_dropout_counts_where_it_is_on_in_training() -> None:
     assert not found(nn.Sequential(nn.Dropout(0.0), nn.BatchNorm1d(4)), "BN103")
 
 
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_what_dropout_does_to_the_variance_is_no_less_than_is_said(mean: float) -> None:
+    dropout = nn.Dropout(0.6)
+    (finding,) = found(nn.Sequential(dropout, nn.BatchNorm1d(4)), "BN103")
+    assert "at least 2.50 times the variance" in finding.what
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(0)) + mean
+    torch.manual_seed(0)
+    assert dropout(x).var() / x.var() > 2.5 * 0.99
+
+
 def test_dropout_before_a_convolution_is_not_directly_before() -> None:
     assert not found(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4), nn.BatchNorm1d(4)), "BN103")
 

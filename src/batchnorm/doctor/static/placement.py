@@ -78,7 +78,8 @@ def bias(check: Check, subject: Subject) -> Iterator[Finding]:
 def dropout(check: Check, subject: Subject) -> Iterator[Finding]:
     """A warning for a batch norm whose input comes from dropout, perhaps through reshapes and activations.
 
-    Modules, and functional calls that a trace in training mode does not see switched off; with p > 0.
+    Modules, and functional calls that a trace in training mode does not see switched off; with p > 0. It
+    makes a variance v of values with mean m `(v + p * m**2) / (1 - p)` in training.
     """
     for call in _batch_norm_calls(subject):
         before = _only_input(call)
@@ -88,8 +89,8 @@ def dropout(check: Check, subject: Subject) -> Iterator[Finding]:
         if p:
             yield check.finding(
                 call.layer,
-                f"its inputs come from dropout with p={p:g}: in training their variance is up to "
-                f"{1 / (1 - p):.2f} times that of eval mode"
+                f"its inputs come from dropout with p={p:g}, whose output has in training at least "
+                f"{1 / (1 - p):.2f} times the variance of eval mode"
                 if p < 1
                 else "its inputs come from dropout with p=1",
                 p=p,
