@@ -99,6 +99,27 @@ def test_what_dropout_does_to_the_variance_is_no_less_than_is_said(mean: float) 
     assert dropout(x).var() / x.var() > 2.5 * 0.99
 
 
+@pytest.mark.parametrize("dropout", [nn.AlphaDropout(0.5), nn.FeatureAlphaDropout(0.5)])
+def test_alpha_dropout_keeps_the_variance_it_is_made_for(dropout: nn.Module) -> None:
+    x = torch.randn(200_000, 1, 1, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    assert float(dropout(x).var()) == pytest.approx(float(x.var()), rel=0.02)
+    assert not found(nn.Sequential(nn.Linear(3, 4), nn.SELU(), dropout, nn.BatchNorm1d(4)), "BN103")
+
+
+class FunctionalAlphaDropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(nn.functional.alpha_dropout(x.selu(), 0.5, self.training))
+
+
+def test_functional_alpha_dropout_is_no_finding() -> None:
+    assert not found(FunctionalAlphaDropout(), "BN103")
+
+
 def test_dropout_before_a_convolution_is_not_directly_before() -> None:
     assert not found(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4), nn.BatchNorm1d(4)), "BN103")
 

@@ -17,8 +17,8 @@ from batchnorm.doctor.subject import Subject
 from batchnorm.model.freeze import is_frozen
 from batchnorm.model.fusion.calls import activation_of_module
 
-_DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-_DROPOUT_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, F.alpha_dropout}
+_DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_DROPOUT_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout}
 _RESHAPING_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity)
 _SWAPPING_FUNCTIONS = {torch.transpose, torch.permute, torch.movedim}
 _SWAPPING_METHODS = {"transpose", "permute", "movedim", "contiguous"}
@@ -79,7 +79,8 @@ def dropout(check: Check, subject: Subject) -> Iterator[Finding]:
     """A warning for a batch norm whose input comes from dropout, perhaps through reshapes and activations.
 
     Modules, and functional calls that a trace in training mode does not see switched off; with p > 0. It
-    makes a variance v of values with mean m `(v + p * m**2) / (1 - p)` in training.
+    makes a variance v of values with mean m `(v + p * m**2) / (1 - p)` in training. Not alpha dropout, which
+    keeps mean 0 and variance 1 (Klambauer et al. 2017, "New Dropout Technique").
     """
     for call in _batch_norm_calls(subject):
         before = _only_input(call)
