@@ -192,6 +192,15 @@ def test_without_shifts_the_optimizer_tells_whether_a_layer_is_trained() -> None
     assert found(model, "BN108", optimizer=optimizer)[0].severity == "error"
 
 
+def test_a_layer_without_weights_has_none_that_learn() -> None:
+    model = block(nn.BatchNorm1d(6, affine=False), nn.ReLU(), nn.Linear(6, 6), nn.BatchNorm1d(6))
+    model[1].eval()
+    (finding,) = found(model, "BN112")
+    assert (finding.severity, finding.evidence["requires_grad"]) == ("note", False)
+    assert "weights" not in finding.what
+    assert "the next model.train() lets its statistics move" in finding.what
+
+
 def test_a_zero_variance_of_a_channel_that_is_off_is_a_note() -> None:
     model = block(nn.BatchNorm1d(6))
     model[1].running_var[2] = 0
