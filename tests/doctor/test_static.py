@@ -73,6 +73,31 @@ def test_weight_decay_says_how_strong_it_is() -> None:
     assert not found(model, "BN102", optimizer=torch.optim.AdamW(groups, lr=0.1))
 
 
+class OwnOptimizer(torch.optim.Optimizer):
+    """One that keeps in its groups what it likes."""
+
+    def __init__(self, model: nn.Module, **defaults: Any) -> None:
+        super().__init__(model.parameters(), defaults)
+
+
+def test_an_optimizer_without_a_learning_rate() -> None:
+    model = block(nn.BatchNorm1d(6))
+    for rate in ({"lr": None}, {}, {"lr": torch.tensor([0.1, 0.2])}, {"lr": "auto"}):
+        (finding,) = found(model, "BN102", optimizer=OwnOptimizer(model, weight_decay=0.1, **rate))
+        assert (finding.severity, finding.evidence["lr"]) == ("note", None)
+        assert finding.what == "weight decay 0.1 shrinks its weight and bias"
+    for decay in (None, "cosine", torch.zeros(2)):
+        assert not found(model, "BN102", optimizer=OwnOptimizer(model, weight_decay=decay, lr=0.1))
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor, lambda value: torch.tensor([value])])
+def test_a_learning_rate_may_be_a_tensor(kind: Callable[[float], Any]) -> None:
+    model = block(nn.BatchNorm1d(6))
+    optimizer = OwnOptimizer(model, lr=kind(0.1), weight_decay=kind(0.01))
+    (finding,) = found(model, "BN102", optimizer=optimizer)
+    assert (finding.severity, finding.evidence["lr"]) == ("warning", pytest.approx(0.1))
+
+
 class FunctionalDropout(nn.Module):
     def __init__(self, training: Callable[[nn.Module], bool]) -> None:
         super().__init__()
