@@ -441,6 +441,13 @@ def test_statistics_of_memory_with_gaps_are_refused():
         cuda.statistics(torch.randn(4, 3, 8)[:, :, ::2], channel_dim=1)
 
 
+@pytest.mark.parametrize("shape", [(2, 1, planning.MOST_VALUES // 2 + 1), (1, planning.MOST_CHANNELS + 1, 2)])
+def test_statistics_of_what_int32_cannot_count_are_refused(shape):
+    with pytest.raises(ValueError, match=r"at most 1,073,741,824 values .* 134,217,728 channels") as error:
+        cuda.statistics(torch.empty(shape, device="meta"), channel_dim=1)
+    assert "contiguous" not in str(error.value)
+
+
 @pytest.fixture
 def synchronised_layers(monkeypatch):
     """Layers communicate with another process, which has the same batch; their kernels are these."""
