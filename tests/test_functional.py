@@ -844,7 +844,9 @@ def test_compile_with_dynamic_shapes(name):
 
 @pytest.mark.usefixtures("compiler")
 def test_one_graph_serves_every_step_of_a_cumulative_average():
-    counter = torch._dynamo.testing.CompileCounter()
+    from torch._dynamo.testing import CompileCounter  # no attribute of torch._dynamo until it is imported
+
+    counter = CompileCounter()
 
     @torch.compile(fullgraph=True, backend=counter)
     def step(x, mean, var, seen):
