@@ -76,6 +76,7 @@ def case(name, x):
     mask = torch.rand(x.shape[0], 1, *x.shape[2:], generator=torch.Generator().manual_seed(1)) > 0.3
     mask[:2] = True
     mask[-2:] = True
+    mask[2:3, ..., 0] = False
     return {
         "plain": {},
         "eval": {"training": False},
@@ -404,6 +405,36 @@ def test_nan_under_the_mask_stays_there():
     torch.testing.assert_close(y, expected[0].where(mask, math.nan), equal_nan=True)
     close(mean, expected[1])
     close(var, expected[2])
+
+
+def gradients_under_a_mask(x, weight, bias, mask, **options):
+    """First and second derivatives of a loss that leaves out what the mask does."""
+
+    def loss(x, weight, bias):
+        y, _, _ = batch_norm(x, weight, bias, *parameters(torch.float64)[2:], mask=mask, **options)
+        return y.where(mask != 0, 0).pow(3).sum()
+
+    first = torch.func.grad(loss, (0, 1, 2))(x, weight, bias)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+    once = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+    penalty = once[0].where(mask != 0, 0).square().sum() + once[1].square().sum()
+    return [*first, *once, *torch.autograd.grad(penalty, leaves)]
+
+
+@pytest.mark.parametrize("padding", [math.nan, -math.inf, 1e30])
+@pytest.mark.parametrize("name", ["mask", "weights", "all"])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_what_lies_under_the_mask_spoils_no_gradient(padding, name, activation):
+    x, tensors = torch.randn(6, 3, 4, dtype=torch.float64), parameters(torch.float64)
+    options = {**case(name, x), "activation": activation}
+    keep = options["mask"] != 0
+    results = []
+    for filling in (0.0, padding):
+        torch.manual_seed(1)  # of the running statistics, for renorm
+        results.append(gradients_under_a_mask(x.where(keep, filling), *tensors[:2], **options))
+    for got, wanted in zip(*reversed(results), strict=True):
+        close(got, wanted)
+        assert got.isfinite().all()
 
 
 def test_eval_mode_does_not_look_at_the_mask():
@@ -813,7 +844,9 @@ def test_compile_with_dynamic_shapes(name):
 
 @pytest.mark.usefixtures("compiler")
 def test_one_graph_serves_every_step_of_a_cumulative_average():
-    counter = torch._dynamo.testing.CompileCounter()
+    from torch._dynamo.testing import CompileCounter  # no attribute of torch._dynamo until it is imported
+
+    counter = CompileCounter()
 
     @torch.compile(fullgraph=True, backend=counter)
     def step(x, mean, var, seen):

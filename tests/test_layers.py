@@ -585,11 +585,15 @@ def test_what_is_masked_out_may_be_anything() -> None:
     layer, twin = bn.BatchNorm1d(C), bn.BatchNorm1d(C)
     mask = torch.ones(6, 1, 5, dtype=torch.bool)
     mask[2, :, 3:] = False
-    x = batch((6, C, 5))
-    poisoned = x.masked_fill(~mask, float("nan"))
-    y = layer(poisoned, mask=mask)
-    assert_close(y[mask.expand_as(y)], twin(x, mask=mask)[mask.expand_as(y)])
+    x = batch((6, C, 5)).requires_grad_()
+    poisoned = x.detach().masked_fill(~mask, float("nan")).requires_grad_()
+    y, wanted = layer(poisoned, mask=mask), twin(x, mask=mask)
+    assert_close(y[mask.expand_as(y)], wanted[mask.expand_as(y)])
     assert_same(state(layer), state(twin), SAME)
+    for output in (y, wanted):
+        output.where(mask, 0).square().sum().backward()
+    assert_close(poisoned.grad, x.grad.where(mask, 0), rtol=0, atol=0)
+    assert_close([p.grad for p in layer.parameters()], [p.grad for p in twin.parameters()], rtol=0, atol=0)
 
 
 def test_a_full_mask_changes_nothing() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from batchnorm import checks, running
+from batchnorm import checks, padding, running
 from batchnorm.ghost import Part, each_virtual_batch
 from batchnorm.kernels import choose, reference
 from batchnorm.moments import Moments, take
@@ -49,9 +49,9 @@ def batch_norm(
         activation: name of what is applied last, such as "relu" or "silu".
         residual: added before the activation; the shape of `x`.
         mask: broadcastable to `x`; which positions count (booleans) or how much (non-negative
-            weights) in the statistics. Weights are repeats: 2 counts a value
-            twice, and their sum must exceed `correction` for statistics to move. All positions are
-            normalised: fill padding with anything finite.
+            weights) in the statistics. Weights are repeats: 2 counts a value twice, and their sum must
+            exceed `correction` for statistics to move. All positions are normalised, but what is inf or
+            NaN where the mask is 0: in training it stays so in `y`, and spoils no gradient.
         ghost_batch_size: samples per virtual batch, each normalised by itself (Hoffer et al. 2017,
             algorithm 1); the last may be smaller, and takes in a leftover that has one value per channel.
             The running statistics move once, by the moments of the whole batch.
@@ -182,5 +182,8 @@ def normalize(
             scale, shift = renorm.correct(scale, shift, batch, running_mean, running_var, weight, eps)
         return reference.apply(part.x, batch.mean, scale, shift, part.axes), batch
 
-    y, moments = each_virtual_batch(normalize_part, x, mask, ghost_batch_size, channel_dim)
-    return reference.finish(y, activation, residual), moments
+    def normalize_parts(x: Tensor) -> tuple[Tensor, Moments]:
+        y, moments = each_virtual_batch(normalize_part, x, mask, ghost_batch_size, channel_dim)
+        return reference.finish(y, activation, residual), moments
+
+    return normalize_parts(x) if mask is None else padding.left_out_of(normalize_parts, x, mask)

@@ -154,7 +154,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             x: C channels along `channel_dim`.
             residual: added before the activation; the shape of `x`.
             mask: broadcastable to `x`; which positions count (booleans), or how much (non-negative
-                weights), in the statistics. All positions are normalised: fill padding with anything finite.
+                weights), in the statistics. All positions are normalised, but what is inf or NaN where the
+                mask is 0: in training it stays so in the output, and spoils no gradient.
 
         Raises:
             TypeError: not a tensor, or not floating point.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm import checks, passes, recipes
+from batchnorm import checks, padding, passes, recipes
 from batchnorm.context import under_transform, values_can_be_read
 from batchnorm.distributed import Processes, Sum, add_moments
 from batchnorm.kernels import choose, cpu, cuda, reference
@@ -58,8 +58,7 @@ def normalize(
         one = torch.ones_like(moments.mean)
         return renorm.correct(one, None, moments, running_mean, running_var, None, eps)
 
-    kernel = choose(x, channel_dim, (weight, bias), residual, activation)
-    if kernel not in (cpu, cuda) or mask is not None or renorm is not None:
+    def by_torch(x: Tensor) -> tuple[Tensor, Moments]:
         call = passes.Call(processes, None, eps, channel_dim, None, "x", correction)
         z, moments = _run(call, x, weight, bias, None, mask)
         if not (recipes.is_recording() and torch.is_grad_enabled()):
@@ -70,6 +69,12 @@ def normalize(
         y = _Finish.apply(z, residual, activation)
         _offer(y, x, moments, weight, bias, call, activation, residual)
         return y, moments
+
+    if mask is not None:
+        return padding.left_out_of(by_torch, x, mask)
+    kernel = choose(x, channel_dim, (weight, bias), residual, activation)
+    if kernel not in (cpu, cuda) or renorm is not None:
+        return by_torch(x)
     fused = activation if activation in FUSED else None
     residual = None if residual is None else in_layout_of(x, residual)
     call = passes.Call(processes, kernel, eps, channel_dim, fused, slope_from(fused, residual), correction)

@@ -1,6 +1,8 @@
 """What processes check together about batches that are empty, masked or not finite on some of them."""
 
 import copy
+import itertools
+import math
 
 import torch
 import torch.distributed as dist
@@ -69,3 +71,22 @@ def values_that_are_not_finite_on_one_process_are_skipped_by_all() -> None:
         assert_close(layer.state_dict(), before, rtol=0, atol=0)
         layer(torch.randn(4, C))
         assert layer.num_batches_tracked == 2
+
+
+@case(2)
+def what_lies_under_a_mask_spoils_no_gradient() -> None:
+    torch.manual_seed(dist.get_rank())
+    x, residual, mask = torch.randn(4, C, 6), torch.randn(4, C, 6), torch.rand(4, 1, 6) > 0.4
+    for padding, activation in itertools.product((math.nan, -math.inf), (None, "silu")):
+        layer = bn.BatchNorm1d(C, sync=True, activation=activation)
+        found = []
+        for filling in (0.0, padding) if dist.get_rank() == 0 else (0.0, 0.0):  # on one process
+            leaves = [x.where(mask, filling).requires_grad_(), residual.clone().requires_grad_()]
+            y = layer(*leaves, mask=mask)
+            assert torch.equal(y.isfinite(), mask.expand_as(y) | (filling == 0))
+            leaves += layer.parameters()
+            loss = y.where(mask, 0).pow(3).sum()
+            first = torch.autograd.grad(loss, leaves, create_graph=True)
+            second = torch.autograd.grad(first[0].where(mask, 0).pow(2).sum(), [*leaves[:1], layer.weight])
+            found.append([*first, *second])
+        assert_close(found[1], found[0])

@@ -73,6 +73,31 @@ def test_weight_decay_says_how_strong_it_is() -> None:
     assert not found(model, "BN102", optimizer=torch.optim.AdamW(groups, lr=0.1))
 
 
+class OwnOptimizer(torch.optim.Optimizer):
+    """One that keeps in its groups what it likes."""
+
+    def __init__(self, model: nn.Module, **defaults: Any) -> None:
+        super().__init__(model.parameters(), defaults)
+
+
+def test_an_optimizer_without_a_learning_rate() -> None:
+    model = block(nn.BatchNorm1d(6))
+    for rate in ({"lr": None}, {}, {"lr": torch.tensor([0.1, 0.2])}, {"lr": "auto"}):
+        (finding,) = found(model, "BN102", optimizer=OwnOptimizer(model, weight_decay=0.1, **rate))
+        assert (finding.severity, finding.evidence["lr"]) == ("note", None)
+        assert finding.what == "weight decay 0.1 shrinks its weight and bias"
+    for decay in (None, "cosine", torch.zeros(2)):
+        assert not found(model, "BN102", optimizer=OwnOptimizer(model, weight_decay=decay, lr=0.1))
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor, lambda value: torch.tensor([value])])
+def test_a_learning_rate_may_be_a_tensor(kind: Callable[[float], Any]) -> None:
+    model = block(nn.BatchNorm1d(6))
+    optimizer = OwnOptimizer(model, lr=kind(0.1), weight_decay=kind(0.01))
+    (finding,) = found(model, "BN102", optimizer=optimizer)
+    assert (finding.severity, finding.evidence["lr"]) == ("warning", pytest.approx(0.1))
+
+
 class FunctionalDropout(nn.Module):
     def __init__(self, training: Callable[[nn.Module], bool]) -> None:
         super().__init__()
@@ -87,6 +112,37 @@ def test_functional_dropout_counts_where_it_is_on_in_training() -> None:
     assert finding.evidence["p"] == 0.25
     assert not found(FunctionalDropout(lambda module: False), "BN103")
     assert not found(nn.Sequential(nn.Dropout(0.0), nn.BatchNorm1d(4)), "BN103")
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_what_dropout_does_to_the_variance_is_no_less_than_is_said(mean: float) -> None:
+    dropout = nn.Dropout(0.6)
+    (finding,) = found(nn.Sequential(dropout, nn.BatchNorm1d(4)), "BN103")
+    assert "at least 2.50 times the variance" in finding.what
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(0)) + mean
+    torch.manual_seed(0)
+    assert dropout(x).var() / x.var() > 2.5 * 0.99
+
+
+@pytest.mark.parametrize("dropout", [nn.AlphaDropout(0.5), nn.FeatureAlphaDropout(0.5)])
+def test_alpha_dropout_keeps_the_variance_it_is_made_for(dropout: nn.Module) -> None:
+    x = torch.randn(200_000, 1, 1, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    assert float(dropout(x).var()) == pytest.approx(float(x.var()), rel=0.02)
+    assert not found(nn.Sequential(nn.Linear(3, 4), nn.SELU(), dropout, nn.BatchNorm1d(4)), "BN103")
+
+
+class FunctionalAlphaDropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(nn.functional.alpha_dropout(x.selu(), 0.5, self.training))
+
+
+def test_functional_alpha_dropout_is_no_finding() -> None:
+    assert not found(FunctionalAlphaDropout(), "BN103")
 
 
 def test_dropout_before_a_convolution_is_not_directly_before() -> None:
@@ -104,6 +160,24 @@ def test_pooling_without_data_is_a_note() -> None:
     (finding,) = found(pooled, "BN105")
     assert (finding.layer, finding.severity) == ("2", "note")
     assert not found(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.BatchNorm2d(3)), "BN105")
+
+
+def test_pooling_with_a_batch_of_one_is_an_error_where_it_is_trained_on() -> None:
+    pooled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten())
+    batch = [torch.randn(1, 3, 8, 8)]
+    assert found(pooled, "BN105", loader=batch)[0].severity == "error"
+    (in_eval,) = found(pooled.eval(), "BN105", loader=batch)
+    assert in_eval.severity == "note"
+    assert "one value per sample" in in_eval.what
+    optimizer = torch.optim.SGD(pooled.parameters(), lr=0.1)
+    assert found(pooled, "BN105", loader=batch, optimizer=optimizer)[0].severity == "error"
+
+
+def test_pooling_before_a_frozen_layer_is_no_finding() -> None:
+    pooled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten())
+    pooled[2].eval()
+    assert not found(pooled, "BN105", loader=[torch.randn(1, 3, 8, 8)])
+    assert not found(bn.freeze(pooled.train()), "BN105", loader=[torch.randn(1, 3, 8, 8)])
 
 
 def test_momentum() -> None:
@@ -141,6 +215,15 @@ def test_without_shifts_the_optimizer_tells_whether_a_layer_is_trained() -> None
     model(torch.randn(8, 4)).square().sum().backward()
     optimizer.step()
     assert found(model, "BN108", optimizer=optimizer)[0].severity == "error"
+
+
+def test_a_layer_without_weights_has_none_that_learn() -> None:
+    model = block(nn.BatchNorm1d(6, affine=False), nn.ReLU(), nn.Linear(6, 6), nn.BatchNorm1d(6))
+    model[1].eval()
+    (finding,) = found(model, "BN112")
+    assert (finding.severity, finding.evidence["requires_grad"]) == ("note", False)
+    assert "weights" not in finding.what
+    assert "the next model.train() lets its statistics move" in finding.what
 
 
 def test_a_zero_variance_of_a_channel_that_is_off_is_a_note() -> None:

@@ -83,14 +83,16 @@ def test_the_choice_by_size(monkeypatch):
         assert x.numel() == values
         return choose(x, 1, **options)
 
-    assert chosen(65536) is chosen(32768, **fused) is cpu
-    assert chosen(65536, True) is chosen(4194304, True) is choose(torch.randn(64, 1024), 1) is cpu
-    assert chosen(65408) is chosen(32640, **fused) is native
+    assert chosen(16384) is chosen(4096, **fused) is cpu
+    assert chosen(4096, True) is chosen(4194304, True) is choose(torch.randn(64, 64), 1) is cpu
+    assert chosen(16256) is chosen(3968, **fused) is chosen(3968, True) is native
+    assert chosen(524288, training=False) is chosen(32768, training=False, **fused) is cpu
+    assert chosen(524160, True, training=False) is chosen(32640, training=False, **fused) is native
     with torch.no_grad():
         assert chosen(4096) is cpu
         assert chosen(3968) is native
-    assert chosen(131072, training=False, **fused) is chosen(131072, True, training=False) is cpu
-    assert chosen(130944, training=False, **fused) is chosen(1048576, training=False) is native
+        assert chosen(16384, training=False, **fused) is chosen(131072, True, training=False) is cpu
+        assert chosen(16256, training=False, **fused) is chosen(1048576, training=False) is native
 
 
 def test_under_transforms_and_compilers():

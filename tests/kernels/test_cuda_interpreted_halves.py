@@ -8,6 +8,7 @@ import torch
 import batchnorm as bn
 from batchnorm import distributed, kernels
 from batchnorm.kernels import cuda
+from batchnorm.kernels.cuda import plan as planning
 from batchnorm.kernels.cuda import thresholds
 from batchnorm.recipes import Recording
 from tests.kernels.cuda_checks import INTERPRETED, agree, assert_built_again, inputs
@@ -34,6 +35,13 @@ def test_dtypes_by_halves(dtype):
         tensors = x, weight, bias, residual if with_residual else None, grad
         actual = by_halves(cuda, *tensors, eps=EPS, activation=activation, samples=(2,))
         agree(actual, by_definition(*tensors, activation), dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, planning.MOST_VALUES // 2 + 1), (1, planning.MOST_CHANNELS + 1, 2)])
+def test_statistics_of_what_int32_cannot_count_are_refused(shape):
+    with pytest.raises(ValueError, match=r"at most 1,073,741,824 values .* 134,217,728 channels") as error:
+        cuda.statistics(torch.empty(shape, device="meta"), channel_dim=1)
+    assert "contiguous" not in str(error.value)
 
 
 def test_statistics_of_memory_with_gaps_are_refused():

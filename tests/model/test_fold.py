@@ -783,8 +783,9 @@ def test_any_order_of_layers(pieces: list[tuple[str, bool]], shared: bool) -> No
 # What is left alone.
 
 
-def test_no_running_statistics() -> None:
-    model = seasoned(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)))
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.SyncBatchNorm])
+def test_no_running_statistics(norm: type[_BatchNorm]) -> None:
+    model = seasoned(nn.Sequential(nn.Linear(3, 4), norm(4, track_running_stats=False)))
     folded = checked(model, torch.randn(5, 3))
     assert "normalises by the batch in eval mode too" in reasons(folded)
     assert len(norms(folded)) == 1

@@ -107,6 +107,11 @@ class Subject:
             "batch_of_rank": own + 1,
         }
 
+    @property
+    def trains(self) -> bool:
+        """Whether the batches are taken for the training data: an optimizer, or a model in training mode."""
+        return self.optimizer is not None or self.model.training
+
     @cached_property
     def calls(self) -> list[Call]:
         """The calls of the model's forward, as far as they can be followed without running it."""

@@ -33,12 +33,12 @@ def layout_of(shape: torch.Size, strides: tuple[int, ...], channel_dim: int) -> 
     return Layout(False, values // (channels * positions), channels, positions)
 
 
-def planned(plan: Plan | None, x: Tensor, limit: str = "") -> Plan:
-    """`plan`, or ValueError where there is none for x; `limit` is what it must keep to besides, in words."""
+def planned(plan: Plan | None, x: Tensor) -> Plan:
+    """`plan`, or ValueError where the memory of x has none."""
     if plan is None:
         raise ValueError(
-            f"expected an input that is contiguous or has its channels last{limit}, got strides "
-            f"{x.stride()} for shape {tuple(x.shape)}: make it so with x.contiguous()"
+            f"expected an input that is contiguous or has its channels last, got strides {x.stride()} for "
+            f"shape {tuple(x.shape)}: make it so with x.contiguous()"
         )
     return plan
 

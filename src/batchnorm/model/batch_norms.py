@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
@@ -54,9 +54,14 @@ def has_statistics(layer: _BatchNorm) -> bool:
 
 
 def batches_counted(module: nn.Module) -> int | None:
-    """How many batches are in the running statistics by the layer's counter; None where it has none."""
+    """How many batches are in the running statistics by the layer's counter; None where it is no number."""
     counter = getattr(module, "num_batches_tracked", None)
-    return None if counter is None else int(counter)
+    return int(counter) if is_number(counter) else None
+
+
+def is_number(value: Any) -> TypeGuard[float | Tensor]:
+    """Whether it is one number, or a tensor of one."""
+    return isinstance(value, float | int) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def quoted(module: nn.Module, name: str) -> str:

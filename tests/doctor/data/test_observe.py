@@ -201,3 +201,103 @@ def test_hooks_on_parameters_do_not_run_in_training_steps() -> None:
 class First(nn.Module):
     def forward(self, outputs: Any) -> Tensor:
         return outputs[0]
+
+
+class HandMade(nn.Module):
+    """A batch norm of one's own that holds what it likes: an `eps` of its own, say."""
+
+    def __init__(self, **held: Any) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(4))
+        self.register_buffer("running_var", torch.ones(4))
+        for name, value in held.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mean, var = x.mean(0), x.var(0, correction=0)
+            self.running_mean.lerp_(mean.detach(), 0.1)
+            self.running_var.lerp_(var.detach(), 0.1)
+        return (x - mean) / (var + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"eps": torch.full((4,), 1e-3)},
+        {"eps": torch.empty(0)},
+        {"eps": None},
+        {"num_batches_tracked": torch.zeros(4)},
+        {"num_batches_tracked": "none"},
+    ],
+)
+def test_a_hand_made_layer_may_hold_anything(held: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), HandMade(**held), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    observed = observe(subject(model, [torch.randn(8, 3) for _ in range(3)]), lambda steps: None)
+    assert observed.failure is observed.steps.failure is None
+    assert list(observed.populations) == ["1", "4"]
+
+
+class Forgets(HandMade):
+    """Takes its running tensors for a cache, which eval mode empties."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return super().forward(x)
+        mean, var = self._buffers.values()
+        self.running_mean = self.running_var = None
+        return x if mean is None or var is None else (x - mean) / (var + 1e-5).sqrt()
+
+
+def test_a_hand_made_layer_may_lose_its_statistics() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), Forgets(), nn.BatchNorm1d(4))
+    one = subject(model, [torch.randn(8, 3) for _ in range(3)])
+    assert list(one.handwritten) == ["1"]
+    observed = observe(one, lambda steps: None)
+    assert observed.failure is None
+    assert "2" in observed.populations
+    assert isinstance(model[1].running_mean, Tensor)
+
+
+class WithoutEps(nn.Module):
+    """Two running tensors, and an attribute that raises when it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.var = torch.zeros(4), torch.ones(4)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "eps":
+            raise RuntimeError("eps is known only after the first epoch")
+        return super().__getattribute__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_what_a_hand_made_layer_raises_when_it_is_looked_at_is_no_failure_of_the_model() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), WithoutEps(), nn.BatchNorm1d(4))
+    observed = observe(subject(model, [torch.randn(8, 3) for _ in range(3)]), lambda steps: None)
+    assert observed.failure is observed.steps.failure is None
+    assert list(observed.populations) == ["2"]
+
+
+class OnNothing(nn.Module):
+    """Its batch norm is called on an empty batch too, as where an image has no regions of interest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x)
+        if not self.training:
+            self.norm(x[:0])
+        return y
+
+
+def test_an_empty_call_of_a_layer_is_no_failure() -> None:
+    observed = observe(subject(OnNothing(), [torch.randn(8, 4) for _ in range(3)]), lambda steps: None)
+    assert observed.failure is None
+    assert list(observed.populations) == ["norm"]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from batchnorm.doctor.check import Check, check
-from batchnorm.doctor.data.layers import trains
 from batchnorm.doctor.data.noise import BatchStatistics, Population, mean_and_error
 from batchnorm.doctor.data.observed import Observed
 from batchnorm.doctor.finding import Finding, Severity
@@ -60,7 +59,7 @@ def too_few_values(check: Check, subject: Subject) -> Iterator[Finding]:
             continue
         noise = 1 / math.sqrt(effective)
         severity: Severity = "note"
-        if trains(subject) and effective < _TOO_FEW:
+        if subject.trains and effective < _TOO_FEW:
             severity = "error" if values <= 2 else "warning"
         whose = f"a batch of {images}" if processes == 1 else f"a batch of {images} in {processes} processes"
         what = (

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.contents import shuffled
-from batchnorm.doctor.data.layers import trains
 from batchnorm.doctor.data.noise import BatchStatistics
 from batchnorm.doctor.data.observed import Observed
 from batchnorm.doctor.finding import Finding, Severity
@@ -73,21 +72,17 @@ def ordered_batches(check: Check, subject: Subject) -> Iterator[Finding]:
 
     Of the first `shuffled(...)` batches, by a permutation test: the variance between batches is `_BEYOND`
     standard deviations above its mean over `_SHUFFLES` permutations, and more than `_TIMES` that mean. Of
-    class shares, where all these batches have labels; if they show nothing, of what a layer is given in eval
-    mode: the layer with the largest ratio, of those with a row per sample. One finding for the model: a
-    warning for training data, else a note.
+    class shares, where all these batches have labels and not every one is different; if they show nothing,
+    of what a layer is given in eval mode: the layer with the largest ratio, of those with a row per sample.
+    One finding for the model: a warning for training data, else a note.
     """
     observed: Observed = subject.observed
-    severity: Severity = "warning" if trains(subject) else "note"
+    severity: Severity = "warning" if subject.trains else "note"
     batches = subject.contents[: shuffled(subject.contents)]
     classes = [batch.labels for batch in batches]
     known = [y for y in classes if y is not None]
     if len(known) == len(classes) and len(known) > 1:
-        groups = [
-            nn.functional.one_hot(y - min(int(z.min()) for z in known), _classes(known)).double()
-            for y in known
-        ]
-        found = _between(groups)
+        found = _between(_one_hot(known))
         if found is not None and _is_beyond(*found):
             yield _finding(check, "classes", severity, *found, classes=_per_batch(known))
             return
@@ -172,8 +167,12 @@ def _is_beyond(effect: float, chance: float, spread: float) -> bool:
     return chance > 0 and spread > 0 and effect - chance > _BEYOND * spread and effect > _TIMES * chance
 
 
-def _classes(known: list[Tensor]) -> int:
-    return max(int(y.max()) for y in known) - min(int(y.min()) for y in known) + 1
+def _one_hot(known: list[Tensor]) -> list[Tensor]:
+    """A column per class that occurs; none where all labels differ: ids or times, which are no classes."""
+    classes, place = torch.unique(torch.cat(known), return_inverse=True)
+    if len(classes) == len(place):
+        return []
+    return list(nn.functional.one_hot(place).double().split([len(y) for y in known]))
 
 
 def _per_batch(known: list[Tensor]) -> float:

@@ -13,7 +13,7 @@ from batchnorm import distributed
 from batchnorm.doctor.handwritten import Handwritten
 from batchnorm.doctor.held import held_tensors
 from batchnorm.doctor.subject import Subject
-from batchnorm.model.batch_norms import batches_counted
+from batchnorm.model.batch_norms import batches_counted, is_number
 from batchnorm.model.calling import unwrapped
 from batchnorm.model.freeze import is_frozen
 from batchnorm.model.input_moments import input_of
@@ -39,18 +39,19 @@ class Layer:
 
     @property
     def eps(self) -> float:
-        """The module's own eps; torch's default, 1e-5, where it has none that is a number or a tensor."""
-        eps = getattr(self.module, "eps", 1e-5)
-        return float(eps) if isinstance(eps, float | int | Tensor) else 1e-5
+        """The module's own eps; torch's default, 1e-5, where it has none that is one number."""
+        eps = getattr(self.module, "eps", None)
+        return float(eps) if is_number(eps) else 1e-5
 
     @property
     def running(self) -> tuple[Tensor, Tensor] | None:
-        """The running mean and variance themselves, in the layer's own shape."""
+        """The running mean and variance themselves, in the layer's own shape; None without any."""
         if not self.handmade:
             mean, var = self.module.running_mean, self.module.running_var
             return None if mean is None or var is None else (mean, var)
         if self.kept is not None:
-            return getattr(self.module, self.kept[0]), getattr(self.module, self.kept[1])
+            mean, var = (getattr(self.module, name, None) for name in self.kept)
+            return (mean, var) if isinstance(mean, Tensor) and isinstance(var, Tensor) else None
         return running_of(self.module)
 
     @property
@@ -153,8 +154,3 @@ def running_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     if len(found) == 2 and found["mean"].numel() == found["var"].numel():
         return found["mean"], found["var"]
     return None
-
-
-def trains(subject: Subject) -> bool:
-    """Whether the batches are taken for the training data: an optimizer, or a model in training mode."""
-    return subject.optimizer is not None or subject.model.training

@@ -169,7 +169,7 @@ def _images_differ(pairs: list[Pair]) -> float:
     fix="Assign statistics with .detach(), or move them in place under torch.no_grad(); bn.BatchNorm does.",
     needs_data=True,
 )
-def graphgrows(check: Check, subject: Subject) -> Iterator[Finding]:
+def graph_grows(check: Check, subject: Subject) -> Iterator[Finding]:
     """An error for each module whose tensors keep more of autograd's nodes alive after each of 3 steps."""
     observed: Observed = subject.observed
     for name, nodes in observed.steps.nodes.items():
@@ -192,7 +192,7 @@ def graphgrows(check: Check, subject: Subject) -> Iterator[Finding]:
     fix="Keep a sum or the last value instead of a list; clear it after each step; store .detach().",
     needs_data=True,
 )
-def memorygrows(check: Check, subject: Subject) -> Iterator[Finding]:
+def memory_grows(check: Check, subject: Subject) -> Iterator[Finding]:
     """A warning for each module whose tensors hold more bytes after each of 3 steps."""
     observed: Observed = subject.observed
     for name, held in observed.steps.bytes.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,49 +148,63 @@ class PassRecorder:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module.training:
                 self.in_training_mode.add(layer.name)
-            given = layer.input(args, kwargs)
-            if given is None:
-                return
-            x, mask = given
-            statistics = take(x, mask)
-            finite = bool(torch.isfinite(statistics.mean).all() and torch.isfinite(statistics.var).all())
-            if not finite:
-                return
-            if self.by_batch and not layer.frozen and layer.running is not None and statistics.values > 1:
-                layer.write(statistics.mean, statistics.var)
-            if self.by_batch and self.batch < 2 and mask is None and layer.name not in self.padding:
-                shape = (args[0] if args else next(iter(kwargs.values()))).shape
-                found = find_padding(x, shape, getattr(module, "channel_dim", 1), self.batch)
-                if found is not None:
-                    self.padding[layer.name] = found
-            used = layer.statistics or (statistics.mean, statistics.var)
-            seen = self.seen
-            seen.statistics.setdefault(layer.name, []).append(statistics)
-            seen.normalized.setdefault(layer.name, []).append(statistics.normalized(*used, layer.eps))
-            seen.batch_of.setdefault(layer.name, []).append(self.batch)
+            with _whatever_it_holds(layer):
+                self._take_input(layer, args, kwargs)
 
         return hook
+
+    def _take_input(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add what a layer is given to all that is `seen` of it, or to nothing."""
+        given = layer.input(args, kwargs)
+        if given is None:
+            return
+        x, mask = given
+        statistics = take(x, mask)
+        finite = bool(torch.isfinite(statistics.mean).all() and torch.isfinite(statistics.var).all())
+        if not finite:
+            return
+        if self.by_batch and not layer.frozen and layer.running is not None and statistics.values > 1:
+            layer.write(statistics.mean, statistics.var)
+        if self.by_batch and self.batch < 2 and mask is None and layer.name not in self.padding:
+            shape = (args[0] if args else next(iter(kwargs.values()))).shape
+            found = find_padding(x, shape, getattr(layer.module, "channel_dim", 1), self.batch)
+            if found is not None:
+                self.padding[layer.name] = found
+        used = layer.statistics or (statistics.mean, statistics.var)
+        normalized = statistics.normalized(*used, layer.eps)
+        seen = self.seen
+        seen.statistics.setdefault(layer.name, []).append(statistics)
+        seen.normalized.setdefault(layer.name, []).append(normalized)
+        seen.batch_of.setdefault(layer.name, []).append(self.batch)
 
     def _after(self, layer: Layer) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not isinstance(output, Tensor) or output.ndim < 2 or not self.by_batch:
-                return
-            self._outputs[id(output)] = layer.name, output
-            channel_dim = getattr(module, "channel_dim", 1)
-            channel_dim = channel_dim if isinstance(channel_dim, int) else 1
-            largest = output.detach().movedim(channel_dim, 0).flatten(1).amax(1).float().cpu()
-            before = self.largest.get(layer.name)
-            self.largest[layer.name] = largest if before is None else torch.maximum(before, largest)
-            if getattr(module, "activation", None) in ("relu", "relu6"):
-                self.rectified.add(layer.name)
+            if isinstance(output, Tensor) and output.ndim >= 2 and output.numel() and self.by_batch:
+                with _whatever_it_holds(layer):
+                    self._take_output(layer, output)
 
         return hook
+
+    def _take_output(self, layer: Layer, output: Tensor) -> None:
+        self._outputs[id(output)] = layer.name, output
+        channel_dim = getattr(layer.module, "channel_dim", 1)
+        channel_dim = channel_dim if isinstance(channel_dim, int) else 1
+        largest = output.detach().movedim(channel_dim, 0).flatten(1).amax(1).float().cpu()
+        before = self.largest.get(layer.name)
+        self.largest[layer.name] = largest if before is None else torch.maximum(before, largest)
+        if getattr(layer.module, "activation", None) in ("relu", "relu6"):
+            self.rectified.add(layer.name)
 
     def activated(self, x: Any) -> None:
         """A rectifier is called on `x`."""
         name, output = self._outputs.get(id(x), ("", None))
         if output is x and output is not None:
             self.rectified.add(name)
+
+
+def _whatever_it_holds(layer: Layer) -> AbstractContextManager[None]:
+    """Inside, an error of looking at a hand-made layer is let go: the model itself has not failed."""
+    return suppress(Exception) if layer.handmade else nullcontext()
 
 
 class _Rectifiers(TorchFunctionMode):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.data.gap import output_gap, scores_of
-from batchnorm.doctor.data.layers import Layer, trains
+from batchnorm.doctor.data.layers import Layer
 from batchnorm.doctor.data.noise import Population, largest_by_chance, rms
 from batchnorm.doctor.data.observed import Observed
 from batchnorm.doctor.finding import Finding, Severity
@@ -110,7 +110,7 @@ def _mismatches(observed: Observed) -> dict[str, Mismatch]:
 def _domain(subject: Subject, found: dict[str, Mismatch]) -> str | None:
     """The first layer, where the data and not the training are at fault: it is furthest from the weights."""
     first = next(iter(found), None)
-    if first is None or trains(subject) or not found[first].grave:
+    if first is None or subject.trains or not found[first].grave:
         return None
     return None if subject.observed.layers[first].frozen else first
 

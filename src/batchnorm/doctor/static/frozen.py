@@ -64,20 +64,20 @@ def in_part(check: Check, subject: Subject) -> Iterator[Finding]:
     learning = any(p.requires_grad for p in subject.model.parameters())
     for name, layer in layers:
         own = list(layer.parameters(recurse=False))
-        fixed = bool(own) and not any(p.requires_grad for p in own)
-        half = bool(own) and not fixed and not all(p.requires_grad for p in own)
+        learns = any(p.requires_grad for p in own)
+        fixed = bool(own) and not learns
+        half = learns and not all(p.requires_grad for p in own)
         if not layer.training:
+            what = "it is in eval mode, in a model that trains"
+            if not fixed:
+                what += ": its weights still learn, and" if learns else ":"
+                what += " the next model.train() lets its statistics move"
             yield check.finding(
                 name,
-                "it is in eval mode, in a model that trains"
-                + (
-                    ": its weights still learn, and the next model.train() lets its statistics move"
-                    if not fixed
-                    else ""
-                ),
-                severity="note" if fixed or not own or len(in_eval) == len(layers) else "warning",
+                what,
+                severity="warning" if learns and len(in_eval) < len(layers) else "note",
                 training=False,
-                requires_grad=not fixed,
+                requires_grad=learns,
                 layers_in_eval=len(in_eval),
             )
         elif fixed and _moves(layer) and not affine_is_frozen(layer):

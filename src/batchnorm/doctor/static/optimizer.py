@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-
-from torch import Tensor
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from batchnorm.doctor.check import Check, check
 from batchnorm.doctor.finding import Finding
 from batchnorm.doctor.subject import Subject
+from batchnorm.model.batch_norms import is_number
 
 # Below it the pull is the one of common recipes (SGD with 0.1 and 5e-4, AdamW with 1e-3 and 0.05).
 STRONG_PULL = 1e-4
@@ -28,9 +28,9 @@ STRONG_PULL = 1e-4
 def weight_decay(check: Check, subject: Subject) -> Iterator[Finding]:
     """A layer whose weight or bias learns in a group of the optimizer with weight decay.
 
-    A warning where `lr * weight_decay` of the first of them is above `STRONG_PULL`, else a note. A step of
-    SGD or AdamW without a gradient leaves `1 - lr * weight_decay` of a value: half of it after about
-    `log(2) / (lr * weight_decay)` steps.
+    A warning where `lr * weight_decay` of the first of them is above `STRONG_PULL`; else, or without a
+    learning rate, a note. A step of SGD or AdamW without a gradient leaves `1 - lr * weight_decay` of a
+    value: half of it after about `log(2) / (lr * weight_decay)` steps.
     """
     if subject.optimizer is None:
         return
@@ -39,13 +39,13 @@ def weight_decay(check: Check, subject: Subject) -> Iterator[Finding]:
         decayed = {
             own: groups[p]
             for own, p in layer.named_parameters(recurse=False)
-            if p.requires_grad and p in groups and groups[p].get("weight_decay", 0)
+            if p.requires_grad and p in groups and _number(groups[p], "weight_decay")
         }
         if not decayed:
             continue
         group = next(iter(decayed.values()))
-        decay, rate = _number(group["weight_decay"]), _number(group["lr"])
-        pull = decay * rate
+        decay, rate = _number(group, "weight_decay") or 0.0, _number(group, "lr")
+        pull = 0.0 if rate is None else decay * rate
         what = f"weight decay {decay:g} shrinks its {' and '.join(decayed)}"
         half_life = None
         if pull > 0:
@@ -62,5 +62,7 @@ def weight_decay(check: Check, subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _number(value: float | Tensor) -> float:
-    return float(value)
+def _number(group: Mapping[str, Any], name: str) -> float | None:
+    """What a group holds by that name; None where it is not one number."""
+    value = group.get(name)
+    return float(value) if is_number(value) else None

@@ -17,8 +17,8 @@ from batchnorm.doctor.subject import Subject
 from batchnorm.model.freeze import is_frozen
 from batchnorm.model.fusion.calls import activation_of_module
 
-_DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-_DROPOUT_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, F.alpha_dropout}
+_DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_DROPOUT_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout}
 _RESHAPING_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity)
 _SWAPPING_FUNCTIONS = {torch.transpose, torch.permute, torch.movedim}
 _SWAPPING_METHODS = {"transpose", "permute", "movedim", "contiguous"}
@@ -78,7 +78,9 @@ def bias(check: Check, subject: Subject) -> Iterator[Finding]:
 def dropout(check: Check, subject: Subject) -> Iterator[Finding]:
     """A warning for a batch norm whose input comes from dropout, perhaps through reshapes and activations.
 
-    Modules, and functional calls that a trace in training mode does not see switched off; with p > 0.
+    Modules, and functional calls that a trace in training mode does not see switched off; with p > 0. It
+    makes a variance v of values with mean m `(v + p * m**2) / (1 - p)` in training. Not alpha dropout, which
+    keeps mean 0 and variance 1 (Klambauer et al. 2017, "New Dropout Technique").
     """
     for call in _batch_norm_calls(subject):
         before = _only_input(call)
@@ -88,8 +90,8 @@ def dropout(check: Check, subject: Subject) -> Iterator[Finding]:
         if p:
             yield check.finding(
                 call.layer,
-                f"its inputs come from dropout with p={p:g}: in training their variance is up to "
-                f"{1 / (1 - p):.2f} times that of eval mode"
+                f"its inputs come from dropout with p={p:g}, whose output has in training at least "
+                f"{1 / (1 - p):.2f} times the variance of eval mode"
                 if p < 1
                 else "its inputs come from dropout with p=1",
                 p=p,
@@ -150,15 +152,18 @@ def logits(check: Check, subject: Subject) -> Iterator[Finding]:
 def pooling(check: Check, subject: Subject) -> Iterator[Finding]:
     """A batch norm behind pooling to 1x1, perhaps through reshapes, activations and 1x1 convolutions.
 
-    A note; an error where the smallest batch that was given has one sample.
+    A note; an error where the smallest batch of training data has one sample. Not of a layer that normalises
+    by its running statistics in training too.
     """
     smallest = min((batch.samples for batch in subject.contents if batch.samples), default=None)
     for call in _batch_norm_calls(subject):
+        if _stays_in_eval(subject, call):
+            continue
         before = _only_input(call)
         while before is not None and (_reshapes(before) or _is_activation(before) or _is_pointwise(before)):
             before = _only_input(before)
         if before is not None and _pools_to_one(before):
-            alone = smallest == 1
+            alone = smallest == 1 and subject.trains
             yield check.finding(
                 call.layer,
                 "a batch of one sample gives it one value per channel, and there is one in the data"
@@ -180,6 +185,11 @@ def _batch_norm_calls(subject: Subject) -> Iterator[Call]:
             continue
         seen.add(call.layer)
         yield call
+
+
+def _stays_in_eval(subject: Subject, call: Call) -> bool:
+    module = subject.model.get_submodule(call.layer or "")
+    return is_frozen(module) or (subject.model.training and not module.training)
 
 
 def _only_input(call: Call) -> Call | None:

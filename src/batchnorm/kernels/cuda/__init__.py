@@ -22,8 +22,6 @@ from batchnorm.kernels.cuda.thresholds import Kind, worthwhile
 from batchnorm.kernels.layout import planned
 from batchnorm.moments import Moments
 
-_LIMIT = f", with at most {planning.MOST_VALUES:,} values of a channel"
-
 
 def supports(
     x: Tensor,
@@ -344,4 +342,10 @@ def backward_apply(
 
 
 def _plan_of(x: Tensor, channel_dim: int) -> Plan:
-    return planned(_plan(x, channel_dim), x, _LIMIT)
+    the_plan = _plan(x, channel_dim)
+    if the_plan is None and not planning.can_count(x.shape, channel_dim):
+        raise ValueError(
+            f"expected an input of at most {planning.MOST_VALUES:,} values of a channel and "
+            f"{planning.MOST_CHANNELS:,} channels, got shape {tuple(x.shape)}: take smaller batches"
+        )
+    return planned(the_plan, x)

@@ -6,6 +6,7 @@ The numbers in this file have not been measured: no GPU was at hand. They are to
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ def plan(
     """The plan for a tensor, or None when its memory is neither contiguous nor channels last, or when it is
     too large to be counted."""
     layout = layout_of(shape, strides, channel_dim)
-    if layout is None or layout.samples * layout.positions > MOST_VALUES or layout.channels > MOST_CHANNELS:
+    if layout is None or not can_count(shape, channel_dim):
         return None
     shrink = 2 if dtype == torch.float64 else 1
     return Plan(
@@ -71,6 +72,12 @@ def plan(
         _whole(layout, WHOLE_FORWARD // shrink, multiprocessors),
         _whole(layout, WHOLE_BACKWARD // shrink, multiprocessors),
     )
+
+
+def can_count(shape: torch.Size, channel_dim: int) -> bool:
+    """Whether the kernels can count the values and channels of a tensor of this shape."""
+    channels = shape[channel_dim]
+    return channels <= MOST_CHANNELS and math.prod(shape) <= MOST_VALUES * channels
 
 
 def merging(parts: int) -> tuple[int, int]:

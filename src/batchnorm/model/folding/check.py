@@ -81,10 +81,10 @@ class EvalSyncBatchNorm(nn.SyncBatchNorm):
     """SyncBatchNorm in eval mode, on any device."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise by the running statistics, whatever the mode; nothing moves or is communicated."""
-        return nn.functional.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-        )
+        """Normalise as in eval mode, whatever the mode is; nothing moves or is communicated."""
+        mean, var = self.running_mean, self.running_var
+        by_batch = mean is None and var is None
+        return nn.functional.batch_norm(input, mean, var, self.weight, self.bias, by_batch, 0.0, self.eps)
 
 
 def run(model: nn.Module, example: Example) -> Any:
