@@ -75,7 +75,7 @@ def main(rank: int, processes: int, folder: Path, module: str) -> None:
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=processes,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=120),  # kernels may be compiled, on a machine that is busy
     )
     singles = [dist.new_group([alone]) for alone in range(processes)]
     cases.ALONE = singles[rank]
