@@ -210,7 +210,8 @@ def test_every_model_of_the_zoo_has_its_numbers() -> None:
 def test_a_converted_model_computes_and_learns_the_same(
     name: str, dtype: torch.dtype, runs: list[tuple[bool, str | None]]
 ) -> None:
-    model, inputs = build(name)
+    # With seed 0 the vgg pools neighbours 1e-6 apart: which of them is the larger is a matter of rounding.
+    model, inputs = build(name, seed=1 if name == "vgg" else 0)
     model, inputs = model.to(dtype), tuple(x.to(dtype) for x in inputs)
     ours = converted(model)
     assert_same_training(ours, model, inputs)
