@@ -83,9 +83,9 @@ def test_the_choice_by_size(monkeypatch):
         assert x.numel() == values
         return choose(x, 1, **options)
 
-    assert chosen(16384) is chosen(4096, **fused) is cpu
-    assert chosen(4096, True) is chosen(4194304, True) is choose(torch.randn(64, 64), 1) is cpu
-    assert chosen(16256) is chosen(3968, **fused) is chosen(3968, True) is native
+    assert chosen(32768) is chosen(4096, **fused) is chosen(4096, True, **fused) is cpu
+    assert chosen(32768, True) is chosen(4194304, True) is choose(torch.randn(64, 512), 1) is cpu
+    assert chosen(32640) is chosen(32640, True) is chosen(3968, **fused) is native
     assert chosen(524288, training=False) is chosen(32768, training=False, **fused) is cpu
     assert chosen(524160, True, training=False) is chosen(32640, training=False, **fused) is native
     with torch.no_grad():
