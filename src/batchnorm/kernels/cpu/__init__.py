@@ -24,8 +24,8 @@ from batchnorm.moments import Moments
 _COSTLY = frozenset({"elu", "gelu", "silu", "mish", "sigmoid", "tanh"})
 
 # From how many values on a kernel called from Python is faster than torch's operators, over rows and over
-# runs, by (in training, with a graph, without activation and residual). Some are so for fewer than 4096 values,
-# too, but nobody should wait for a compiler there.
+# runs, by (in training, with a graph, without activation and residual). Some are faster from fewer than 4096
+# on, but nobody should wait for a compiler there.
 SMALLEST = {
     (True, True, True): (32768, 32768),
     (True, True, False): (4096, 4096),
