@@ -28,31 +28,25 @@ _lock = Lock()
 _engines: list[Any] = []  # code lives as long as the engine that loaded it
 
 
-def load(
-    name: str,
-    build: Callable[[], tuple[Any, Callable[..., None]]],
-    symbols: dict[str, int],
-    vector_bits: int = 256,
-) -> int:
+def load(name: str, build: Callable[[], tuple[Any, Callable[..., None]]], symbols: dict[str, int]) -> int:
     """The address of a C function, compiled now if the cache folder does not have it.
 
     Args:
         name: what tells this function from the others.
         build: makes its Numba signature and the function to compile.
         symbols: addresses of the outside functions that it calls, by name.
-        vector_bits: the widest vectors to use, on x86: 128 or 256.
     """
     with _lock:
         folder = cache_folder()
         path = None if folder is None else folder / f"{name}-{_fingerprint()}.o"
         code = None if path is None else _read(path)
         if code is None:
-            code = _compile(*build(), vector_bits)
+            code = _compile(*build())
             if path is not None:
                 _write(path, code)
         for symbol, address in symbols.items():
             llvm.add_symbol(symbol, address)
-        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine(vector_bits))
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         engine.finalize_object()
         _engines.append(engine)
@@ -87,7 +81,7 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:32]
 
 
-def _compile(signature: Any, function: Callable[..., None], vector_bits: int) -> bytes:
+def _compile(signature: Any, function: Callable[..., None]) -> bytes:
     """Object code of the function, under the name `batchnorm_entry`."""
     from numba import cfunc  # only here: importing it takes a third of a second
 
@@ -100,7 +94,7 @@ def _compile(signature: Any, function: Callable[..., None], vector_bits: int) ->
     for other in module.functions:
         if not other.is_declaration and other.name != _ENTRY:
             other.linkage = "internal"
-    machine = _target_machine(vector_bits)
+    machine = _target_machine()
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
     passes.getModulePassManager().run(module, passes)
     return bytes(machine.emit_object(module))
@@ -142,10 +136,11 @@ _LLVM_TYPES = {"int64": "i64", "float32": "float", "float64": "double"}
 
 
 @cache
-def _target_machine(vector_bits: int) -> Any:
+def _target_machine() -> Any:
     features = _features()
     if platform.machine() in ("x86_64", "AMD64"):
-        features += f",+prefer-{vector_bits}-bit"
+        # Wider ones run so far ahead of memory that its prefetching does not follow.
+        features += ",+prefer-256-bit"
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     target = llvm.Target.from_default_triple()

@@ -22,8 +22,6 @@ _TILE_BYTES = 256 * 1024
 # Threads that share out the channels and have no more than this of a sample each wait for each other's
 # memory, which the processor prefetches for both: they share out the samples instead.
 _NEAR_BYTES = 32 * 1024
-# Activations that cost no more than a comparison.
-_LIGHT = frozenset({None, "relu", "relu6", "leaky_relu"})
 # Rows of fewer channels are taken several at a time.
 _WIDE_ROW = 128
 
@@ -186,23 +184,13 @@ def function(name: str, shape: str, dtype: torch.dtype, *options: Any) -> int:
         return getattr(runs, f"{name}_{shape}")(real, *options)
 
     name_parts = [name, shape, _name(dtype), *map(str, options)]
-    return _load("-".join(name_parts), build, {}, _vector_bits(name, options[0]))
+    return _load("-".join(name_parts), build, {})
 
 
-def _vector_bits(name: str, activation: str | None) -> int:
-    """How wide the vectors of a function of `runs.py` are to be.
-
-    Where little is done for each value that is written, wide ones run so far ahead of memory that its
-    prefetching does not follow: they are slower by up to a quarter.
-    """
-    light = (name == "apply" and activation in _LIGHT) or (name == "gradient" and activation is None)
-    return 128 if light else 256
-
-
-def _load(name: str, build: Callable[[], Any], symbols: dict[str, int], vector_bits: int = 256) -> int:
+def _load(name: str, build: Callable[[], Any], symbols: dict[str, int]) -> int:
     from batchnorm.kernels.cpu import machine_code  # imports llvmlite
 
-    return machine_code.load(name, build, symbols, vector_bits)
+    return machine_code.load(name, build, symbols)
 
 
 def _name(dtype: torch.dtype) -> str:

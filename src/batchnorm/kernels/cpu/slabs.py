@@ -182,8 +182,7 @@ def apply(raw, table, c0, c1, n0, n1, p0, p1, real):
     channels, positions = fields[f.CHANNELS], fields[f.POSITIONS]
     x, y, residual = tensor(raw, f.X, real), tensor(raw, f.Y, real), tensor(raw, f.EXTRA, real)
     means, scales, shifts = applied_statistics(raw, table)
-    for k in range(n1 - n0):
-        n = n1 - 1 - k  # backwards: the last samples are those still in the cache
+    for n in range(n0, n1):
         first = (n * channels + c0) * positions + p0
         call(
             fields[f.APPLY],
@@ -276,8 +275,7 @@ def gradient(raw, table, coefficients, c0, c1, n0, n1, p0, p1, real):
     )
     grad = grad_of_z(raw, real)
     means, scales, shifts = applied_statistics(raw, table)
-    for k in range(n1 - n0):
-        n = n1 - 1 - k
+    for n in range(n0, n1):
         first = (n * channels + c0) * positions + p0
         call(
             fields[f.GRADIENT],
