@@ -108,6 +108,18 @@ assert (grad == 0).all()
     in_process(code)
 
 
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_tensors_kept_from_a_transform_that_is_over(with_gradients):
+    x, kept = torch.randn(SHAPE), []
+    torch.func.grad(lambda x: (kept.append(x), x.sum())[1])(x)
+    assert torch._C._functorch.is_functorch_wrapped_tensor(kept[0])
+    layer = bn.BatchNorm1d(4, activation="relu")
+    with torch.set_grad_enabled(with_gradients):
+        assert choose(kept[0], 1) is not cpu
+        assert_close(layer(kept[0]), layer(x))
+        assert_close(layer(x, residual=kept[0]), layer(x, residual=x))
+
+
 def test_parameters_elsewhere_are_refused():
     x, weight = torch.randn(SHAPE), torch.ones(4, device="meta")
     assert choose(x, 1, (weight,)) is not cpu
