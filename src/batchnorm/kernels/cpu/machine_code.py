@@ -28,20 +28,26 @@ _lock = Lock()
 _engines: list[Any] = []  # code lives as long as the engine that loaded it
 
 
-def load(name: str, build: Callable[[], tuple[Any, Callable[..., None]]], symbols: dict[str, int]) -> int:
+def load(
+    name: str,
+    build: Callable[[], tuple[Any, Callable[..., None]]],
+    symbols: dict[str, int],
+    interleaved: bool = True,
+) -> int:
     """The address of a C function, compiled now if the cache folder does not have it.
 
     Args:
         name: what tells this function from the others.
         build: makes its Numba signature and the function to compile.
         symbols: addresses of the outside functions that it calls, by name.
+        interleaved: let loops take several vectors at a time.
     """
     with _lock:
         folder = cache_folder()
         path = None if folder is None else folder / f"{name}-{_fingerprint()}.o"
         code = None if path is None else _read(path)
         if code is None:
-            code = _compile(*build())
+            code = _compile(*build(), interleaved)
             if path is not None:
                 _write(path, code)
         for symbol, address in symbols.items():
@@ -81,7 +87,7 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:32]
 
 
-def _compile(signature: Any, function: Callable[..., None]) -> bytes:
+def _compile(signature: Any, function: Callable[..., None], interleaved: bool) -> bytes:
     """Object code of the function, under the name `batchnorm_entry`."""
     from numba import cfunc  # only here: importing it takes a third of a second
 
@@ -95,7 +101,9 @@ def _compile(signature: Any, function: Callable[..., None]) -> bytes:
         if not other.is_declaration and other.name != _ENTRY:
             other.linkage = "internal"
     machine = _target_machine()
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_interleaving = interleaved
+    passes = llvm.create_pass_builder(machine, options)
     passes.getModulePassManager().run(module, passes)
     return bytes(machine.emit_object(module))
 

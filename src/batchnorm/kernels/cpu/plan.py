@@ -37,6 +37,7 @@ class Plan:
         threads: size of the team.
         work: float64 numbers of scratch memory, forward and backward alike.
         typed: how many of them come before the numbers in the tensor's dtype.
+        interleaved: whether loops take four vectors at a time.
         table, parameter: without memory; to make a tensor like another takes half as long as by its shape.
     """
 
@@ -49,6 +50,7 @@ class Plan:
         threads: int,
         work: int,
         typed: int,
+        interleaved: bool = True,
     ) -> None:
         self.kind = kind
         self.dtype = dtype
@@ -58,6 +60,7 @@ class Plan:
         self.threads = threads
         self.work = work
         self.typed = typed
+        self.interleaved = interleaved
         self.table = torch.empty((), dtype=torch.float64).expand(int(f.TABLE_ROWS), shape[1])
         self.parameter = torch.empty((), dtype=dtype).expand(shape[1])
         self._forward: dict[Any, tuple[int, int]] = {}
@@ -68,13 +71,13 @@ class Plan:
         key = activation, has_residual
         found = self._forward.get(key)
         if found is None:
-            applied = function("apply", self._shape, self.dtype, activation, has_residual)
+            applied = self._function("apply", activation, has_residual)
             found = self._forward[key] = self.forward_kernel(), applied
         return found
 
     def forward_kernel(self) -> int:
         """Address of the forward kernel, which stops at the statistics without a function to apply."""
-        return _kernel("forward", self.kind, self.dtype)
+        return _kernel("forward", self.kind, self.dtype, self.interleaved)
 
     def backward(
         self,
@@ -91,18 +94,18 @@ class Plan:
         if found is None:
             sums = one_run = gradient = 0
             if reduces:
-                sums = function("reduce", self._shape, self.dtype, activation, slope_from, stored)
+                sums = self._function("reduce", activation, slope_from, stored)
                 one_run = function("reduce", "runs", self.dtype, activation, slope_from, stored)
             if wants_x:
                 of_z = (None, "x") if stored else (activation, slope_from)
-                gradient = function("gradient", self._shape, self.dtype, *of_z, by_batch)
-            kernel = _kernel("backward", self.kind, self.dtype)
+                gradient = self._function("gradient", *of_z, by_batch)
+            kernel = _kernel("backward", self.kind, self.dtype, self.interleaved)
             found = self._backward[key] = kernel, sums, one_run, gradient
         return found
 
-    @property
-    def _shape(self) -> str:
-        return "runs" if self.kind == "slabs" else "rows"
+    def _function(self, name: str, *options: Any) -> int:
+        shape = "runs" if self.kind == "slabs" else "rows"
+        return function(name, shape, self.dtype, *options, interleaved=self.interleaved)
 
 
 @lru_cache(maxsize=4096)
@@ -128,8 +131,16 @@ def plan(
     tile = max(1, _TILE_BYTES // (positions * dtype.itemsize))
     return Plan(
         "slabs", dtype, (samples, channels, positions), (tile, sample_parts, position_parts), threads,
-        5 * channels * parts, 5 * channels * parts,
+        5 * channels * parts, 5 * channels * parts, _pays_to_interleave(positions, dtype),
     )  # fmt: skip
+
+
+def _pays_to_interleave(positions: int, dtype: torch.dtype) -> bool:
+    """Whether a loop over a run had better take four vectors, of 32 bytes each, at a time.
+
+    What is left over of the run then, one number after the other, is most of it for 7 x 7 positions.
+    """
+    return positions % (128 // dtype.itemsize) <= positions // 16
 
 
 def _rows(rows: int, channels: int, dtype: torch.dtype, threads: int) -> Plan:
@@ -157,7 +168,7 @@ def _parts(samples: int, channels: int, positions: int, threads: int, dtype: tor
 
 
 @cache
-def _kernel(name: str, kind: str, dtype: torch.dtype) -> int:
+def _kernel(name: str, kind: str, dtype: torch.dtype, interleaved: bool) -> int:
     def build() -> Any:
         import numpy as np
         from numba import types
@@ -168,11 +179,11 @@ def _kernel(name: str, kind: str, dtype: torch.dtype) -> int:
         real = np.float32 if dtype == torch.float32 else np.float64
         return types.void(types.voidptr), getattr(module, name)(real)
 
-    return _load(f"{name}-{kind}-{_name(dtype)}", build, team.symbols())
+    return _load([name, kind, _name(dtype)], build, team.symbols(), interleaved)
 
 
 @cache
-def function(name: str, shape: str, dtype: torch.dtype, *options: Any) -> int:
+def function(name: str, shape: str, dtype: torch.dtype, *options: Any, interleaved: bool = True) -> int:
     """Address of one of the functions of `runs.py`, for "runs" or "rows"."""
 
     def build() -> Any:
@@ -183,14 +194,14 @@ def function(name: str, shape: str, dtype: torch.dtype, *options: Any) -> int:
         real = np.float32 if dtype == torch.float32 else np.float64
         return getattr(runs, f"{name}_{shape}")(real, *options)
 
-    name_parts = [name, shape, _name(dtype), *map(str, options)]
-    return _load("-".join(name_parts), build, {})
+    return _load([name, shape, _name(dtype), *map(str, options)], build, {}, interleaved)
 
 
-def _load(name: str, build: Callable[[], Any], symbols: dict[str, int]) -> int:
+def _load(name: list[str], build: Callable[[], Any], symbols: dict[str, int], interleaved: bool) -> int:
     from batchnorm.kernels.cpu import machine_code  # imports llvmlite
 
-    return machine_code.load(name, build, symbols)
+    name = name if interleaved else [*name, "not interleaved"]
+    return machine_code.load("-".join(name), build, symbols, interleaved)
 
 
 def _name(dtype: torch.dtype) -> str:
