@@ -8,7 +8,7 @@ import torch
 from batchnorm.kernels import cpu, native
 from batchnorm.kernels.autograd import FUSED
 from tests.kernels.cpu_checks import CPU, NAMES, TOLERANCE, agree, by_kernel, inputs
-from tests.kernels.definition import EPS, by_definition
+from tests.kernels.definition import EPS, assert_not_finite_where_torch_is, by_definition
 
 pytestmark = CPU
 
@@ -86,21 +86,7 @@ def test_a_constant_has_no_variance(shape, last, constant):
 @pytest.mark.parametrize("kind", ["nan", "inf", "both infs", "one nan", "one inf"])
 def test_nan_and_inf_go_where_torch_lets_them(shape, last, kind):
     x, weight, bias, _, grad = inputs(shape, last=last)
-    value = torch.nan if "nan" in kind else torch.inf
-    if kind.startswith("one"):
-        x[1, 1].view(-1)[-1] = value
-    else:
-        x[1, 1] = value
-        x[0, 1] = -torch.inf if kind == "both infs" else 0.0
-    leaves = [[t.clone().requires_grad_() for t in (x, weight, bias)] for _ in range(2)]
-    found = []
-    for kernel, (x, weight, bias) in zip((cpu, native), leaves, strict=True):
-        y, moments = kernel.training(x, weight, bias, eps=EPS, channel_dim=1)
-        y.backward(grad)
-        found.append([y, moments.mean, moments.m2, x.grad, weight.grad, bias.grad])
-    for ours, theirs in zip(*found, strict=True):
-        assert torch.equal(ours.isnan(), theirs.isnan())
-        assert torch.equal(ours.isinf(), theirs.isinf())
+    assert_not_finite_where_torch_is(cpu, kind, x, weight, bias, grad)
 
 
 @pytest.mark.parametrize("activation", [None, *sorted(filter(None, FUSED))])

@@ -177,7 +177,7 @@ class _Call(Call):
         activation: str | None,
         residual: Tensor | None,
     ) -> None:
-        Call.__init__(self, channel_dim, statistics == f.OF_BATCH, eps, activation, residual)
+        super().__init__(channel_dim, statistics == f.OF_BATCH, eps, activation, residual)
         the_plan = _plan(x, channel_dim)
         assert the_plan is not None  # by `supports`
         self.plan = the_plan
