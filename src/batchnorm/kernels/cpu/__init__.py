@@ -16,12 +16,9 @@ from batchnorm.kernels.autograd import Call, are_plain, can_run_here, in_layout_
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu import launch, team
 from batchnorm.kernels.cpu.pages import empty_like
-from batchnorm.kernels.cpu.plan import DTYPES, Plan, function, plan
+from batchnorm.kernels.cpu.plan import COSTLY, DTYPES, Plan, function, plan
 from batchnorm.kernels.layout import planned
 from batchnorm.moments import Moments
-
-# Their gradient is kept between the two passes over it: computing it again would cost more.
-_COSTLY = frozenset({"elu", "gelu", "silu", "mish", "sigmoid", "tanh"})
 
 # From how many values on a kernel called from Python is faster than torch's operators, over rows and over
 # runs, by (in training, with a graph, without activation and residual). Some are faster from fewer than 4096
@@ -218,7 +215,7 @@ class _Call(Call):
         if wants_residual:
             grad_residual = grad_y if activation is None else empty_like(x)
             grad_z = None if activation is None else grad_residual
-        elif wants_x and activation in _COSTLY:
+        elif wants_x and activation in COSTLY:
             grad_z = grad_x
         reduces = by_batch or wants_weight or wants_bias or grad_z is not None
         if reduces or wants_x:
@@ -305,7 +302,7 @@ def backward_sums(
         residual, where it was kept: then `backward_apply` takes it without the activation.
     """
     the_plan, grad_y = _plan_of(x, channel_dim), in_layout_of(x, grad_y)
-    keeps = activation in _COSTLY or (activation is not None and extra is not None)
+    keeps = activation in COSTLY or (activation is not None and extra is not None)
     grad_z = empty_like(x) if keeps else None
     sums = torch.empty((2, the_plan.channels), dtype=torch.float64)
     launch.run_backward(

@@ -1,7 +1,8 @@
 """Activations as the CPU kernels apply and differentiate them, while a value is in a register.
 
-The formulas have no branches and call no library, so that LLVM turns them into vector instructions. Every
-constant is of the values' own dtype: one float64 among float32 would halve the speed.
+The formulas have no branches and call no library, so that LLVM turns them into vector instructions. (Python's
+`a if condition else b` would be a branch, which LLVM may or may not take out.) Every constant is of the
+values' own dtype: one float64 among float32 would halve the speed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,16 @@ inline = njit(
 )
 Real = type[np.float32] | type[np.float64]
 _Pair = tuple[Callable[[Any], Any], Callable[[Any], Any]]
+
+
+@intrinsic
+def select(typing_context: Any, condition: Any, chosen: Any, other: Any) -> Any:
+    """`chosen if condition else other`, of one type, both of them computed."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.select(*arguments)
+
+    return chosen(types.boolean, chosen, chosen), codegen
 
 
 def value_of(name: str | None, real: Real) -> Callable[[Any], Any]:
@@ -41,10 +52,10 @@ def _relu(real: Real) -> _Pair:
 
     # "Not at or below 0" rather than "above 0", so that NaN stays NaN, as in torch.
     def value(z: Any) -> Any:
-        return zero if z <= zero else z
+        return select(z <= zero, zero, z)
 
     def slope(z: Any) -> Any:
-        return zero if z <= zero else one
+        return select(z <= zero, zero, one)
 
     return value, slope
 
@@ -53,10 +64,10 @@ def _leaky_relu(real: Real) -> _Pair:
     zero, one, leak = real(0), real(1), real(0.01)
 
     def value(z: Any) -> Any:
-        return z if z > zero else z * leak
+        return select(z > zero, z, z * leak)
 
     def slope(z: Any) -> Any:
-        return one if z > zero else leak
+        return select(z > zero, one, leak)
 
     return value, slope
 
@@ -65,10 +76,10 @@ def _relu6(real: Real) -> _Pair:
     zero, one, six = real(0), real(1), real(6)
 
     def value(z: Any) -> Any:
-        return zero if z < zero else (six if z > six else z)
+        return select(z < zero, zero, select(z > six, six, z))
 
     def slope(z: Any) -> Any:
-        return zero if z <= zero else (zero if z >= six else one)
+        return select(z <= zero, zero, select(z >= six, zero, one))
 
     return value, slope
 
@@ -78,10 +89,10 @@ def _elu(real: Real) -> _Pair:
     exp, expm1 = _exponentials(real)
 
     def value(z: Any) -> Any:
-        return z if z > zero else expm1(z)
+        return select(z > zero, z, expm1(z))
 
     def slope(z: Any) -> Any:
-        return one if z > zero else exp(z)
+        return select(z > zero, one, exp(z))
 
     return value, slope
 
@@ -92,10 +103,10 @@ def _hardsigmoid(real: Real) -> _Pair:
 
     def value(z: Any) -> Any:
         shifted = z + three
-        return (zero if shifted < zero else (six if shifted > six else shifted)) / six
+        return select(shifted < zero, zero, select(shifted > six, six, shifted)) / six
 
     def slope(z: Any) -> Any:
-        return zero if z <= -three else (zero if z >= three else sixth)
+        return select(z <= -three, zero, select(z >= three, zero, sixth))
 
     return value, slope
 
@@ -109,7 +120,7 @@ def _hardswish(real: Real) -> _Pair:
         return z * share(z)
 
     def slope(z: Any) -> Any:
-        return zero if z <= -three else (one if z >= three else z * third + half)
+        return select(z <= -three, zero, select(z >= three, one, z * third + half))
 
     return value, slope
 
@@ -149,9 +160,9 @@ def _tanh(real: Real) -> _Pair:
     @inline
     def tanh(z: Any) -> Any:
         size = abs(z)
-        e = expm1(two * (far if size > far else size))
+        e = expm1(two * select(size > far, far, size))
         y = e / (e + two)
-        return -y if z < zero else y
+        return select(z < zero, -y, y)
 
     def value(z: Any) -> Any:
         return tanh(z)
@@ -169,12 +180,12 @@ def _mish(real: Real) -> _Pair:
     exp, _ = _exponentials(real)
 
     def value(z: Any) -> Any:
-        e = exp(far if z > far else z)
+        e = exp(select(z > far, far, z))
         w = e * (e + two)
         return z * (w / (w + two))
 
     def slope(z: Any) -> Any:
-        e = exp(far if z > far else z)
+        e = exp(select(z > far, far, z))
         w = e * (e + two)
         share = w / (w + two)
         return share + z * (one - share * share) * (e / (one + e))
@@ -242,20 +253,20 @@ def _exponentials(real: Real) -> tuple[Callable[[Any], Any], Callable[[Any], Any
     @inline
     def split(z: Any) -> Any:
         """`e**r - 1` and `2**(k - 1)`: `2**k` itself may be past the largest number."""
-        bounded = z if z > smallest else smallest  # NaN too: it has no whole number
-        k = (bounded if bounded < largest else largest) * log2_of_e + rounding - rounding
+        bounded = select(z > smallest, z, smallest)  # NaN too: it has no whole number
+        k = select(bounded < largest, bounded, largest) * log2_of_e + rounding - rounding
         r = z - k * ln2 - k * ln2_rest
         return r * (one + r * (c[1] + r * after_term_3(r))), _two_to_the(k - one)
 
     @inline
     def exp(z: Any) -> Any:
         less_one, half_power = split(z)
-        return zero if z < smallest else (less_one + one) * half_power * two
+        return select(z < smallest, zero, (less_one + one) * half_power * two)
 
     @inline
     def expm1(z: Any) -> Any:
         less_one, _ = split(z)
-        return less_one if abs(z) < near else exp(z) - one
+        return select(abs(z) < near, less_one, exp(z) - one)
 
     return exp, expm1
 
@@ -288,9 +299,9 @@ def _normal_cdf(real: Real) -> Callable[[Any], Any]:
     @inline
     def normal_cdf(z: Any) -> Any:
         x = abs(z) * root_half
-        x = far if x > far else x
+        x = select(x > far, far, x)
         tail = half * exp(-x * x) * polynomial((x - three) / (x + three)) / (one + two * x)
-        return tail if z < zero else one - tail
+        return select(z < zero, tail, one - tail)
 
     return normal_cdf
 

@@ -33,6 +33,7 @@ def load(
     build: Callable[[], tuple[Any, Callable[..., None]]],
     symbols: dict[str, int],
     interleaved: bool = True,
+    avx512: bool = True,
 ) -> int:
     """The address of a C function, compiled now if the cache folder does not have it.
 
@@ -41,18 +42,20 @@ def load(
         build: makes its Numba signature and the function to compile.
         symbols: addresses of the outside functions that it calls, by name.
         interleaved: let loops take several vectors at a time.
+        avx512: use it where the processor has it. Its masks make "0 where z <= 0, else the gradient" a load
+            that waits for z, so that memory is waited for twice.
     """
     with _lock:
         folder = cache_folder()
         path = None if folder is None else folder / f"{name}-{_fingerprint()}.o"
         code = None if path is None else _read(path)
         if code is None:
-            code = _compile(*build(), interleaved)
+            code = _compile(*build(), interleaved, avx512)
             if path is not None:
                 _write(path, code)
         for symbol, address in symbols.items():
             llvm.add_symbol(symbol, address)
-        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         engine.finalize_object()
         _engines.append(engine)
@@ -87,25 +90,32 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:32]
 
 
-def _compile(signature: Any, function: Callable[..., None], interleaved: bool) -> bytes:
+def _compile(signature: Any, function: Callable[..., None], interleaved: bool, avx512: bool) -> bytes:
     """Object code of the function, under the name `batchnorm_entry`."""
+    return bytes(target_machine(avx512).emit_object(optimised(signature, function, interleaved, avx512)))
+
+
+def optimised(signature: Any, function: Callable[..., None], interleaved: bool, avx512: bool) -> Any:
+    """LLVM's module of what `_compile` makes object code of."""
     from numba import cfunc  # only here: importing it takes a third of a second
 
     with _numba_not_optimising():
-        compiled = cfunc(signature, error_model="numpy")(getattr(function, "py_func", function))
+        compile_ = cfunc(signature, error_model="numpy", fastmath={"contract", "nsz"})
+        compiled = compile_(getattr(function, "py_func", function))
         inner = compiled.native_name.removeprefix("cfunc.")
         module = llvm.parse_assembly(compiled.inspect_llvm() + _entry(signature, inner))
     module.verify()
-    # What is left besides the entry is Numba's own wrapper, which needs Numba's runtime: let it go.
     for other in module.functions:
         if not other.is_declaration and other.name != _ENTRY:
+            # Numba's own wrapper, which needs Numba's runtime, goes then.
             other.linkage = "internal"
-    machine = _target_machine()
+            # LLVM makes no vectors of a loop that calls a function, and large activations it left as such.
+            other.add_function_attribute("alwaysinline")
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     options.loop_interleaving = interleaved
-    passes = llvm.create_pass_builder(machine, options)
+    passes = llvm.create_pass_builder(target_machine(avx512), options)
     passes.getModulePassManager().run(module, passes)
-    return bytes(machine.emit_object(module))
+    return module
 
 
 @contextlib.contextmanager
@@ -144,11 +154,12 @@ _LLVM_TYPES = {"int64": "i64", "float32": "float", "float64": "double"}
 
 
 @cache
-def _target_machine() -> Any:
+def target_machine(avx512: bool = True) -> Any:
+    """This processor, as LLVM is to see it."""
     features = _features()
     if platform.machine() in ("x86_64", "AMD64"):
         # Wider ones run so far ahead of memory that its prefetching does not follow.
-        features += ",+prefer-256-bit"
+        features += ",+prefer-256-bit" if avx512 else ",-avx512f"
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     target = llvm.Target.from_default_triple()

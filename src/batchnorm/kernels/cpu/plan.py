@@ -13,6 +13,8 @@ from batchnorm.kernels.cpu import team
 from batchnorm.kernels.layout import layout_of
 
 DTYPES = (torch.float32, torch.float64)
+# Activations whose gradient is kept between the two passes over it: computing it again would cost more.
+COSTLY = frozenset({"elu", "gelu", "silu", "mish", "sigmoid", "tanh"})
 
 # Runs of a channel up to so many positions are taken in groups of channels.
 _SHORT_RUN = 48
@@ -183,7 +185,9 @@ def _kernel(name: str, kind: str, dtype: torch.dtype, interleaved: bool) -> int:
 
 
 @cache
-def function(name: str, shape: str, dtype: torch.dtype, *options: Any, interleaved: bool = True) -> int:
+def function(
+    name: str, shape: str, dtype: torch.dtype, activation: str | None, *options: Any, interleaved: bool = True
+) -> int:
     """Address of one of the functions of `runs.py`, for "runs" or "rows"."""
 
     def build() -> Any:
@@ -192,16 +196,24 @@ def function(name: str, shape: str, dtype: torch.dtype, *options: Any, interleav
         from batchnorm.kernels.cpu import runs
 
         real = np.float32 if dtype == torch.float32 else np.float64
-        return getattr(runs, f"{name}_{shape}")(real, *options)
+        return getattr(runs, f"{name}_{shape}")(real, activation, *options)
 
-    return _load([name, shape, _name(dtype), *map(str, options)], build, {}, interleaved)
+    named = [name, shape, _name(dtype), str(activation), *map(str, options)]
+    # Polynomials want its registers; what waits for memory is better without.
+    return _load(named, build, {}, interleaved, avx512=activation in COSTLY)
 
 
-def _load(name: list[str], build: Callable[[], Any], symbols: dict[str, int], interleaved: bool) -> int:
+def _load(
+    name: list[str],
+    build: Callable[[], Any],
+    symbols: dict[str, int],
+    interleaved: bool,
+    avx512: bool = True,
+) -> int:
     from batchnorm.kernels.cpu import machine_code  # imports llvmlite
 
     name = name if interleaved else [*name, "not interleaved"]
-    return machine_code.load("-".join(name), build, symbols, interleaved)
+    return machine_code.load("-".join(name), build, symbols, interleaved, avx512)
 
 
 def _name(dtype: torch.dtype) -> str:

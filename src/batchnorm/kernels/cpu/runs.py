@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from batchnorm.kernels.cpu.activations import Real, slope_of, value_of
+from batchnorm.kernels.cpu.activations import Real, select, slope_of, value_of
 from batchnorm.kernels.cpu.memory import add_to_first, add_to_second, at, get, put
 
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
@@ -227,7 +227,7 @@ def _differentiate(real: Real, name: str | None, slope_from: str) -> Callable[..
 
     @loop
     def times(grad, slope):
-        return zero if flat and slope == zero else grad * slope
+        return select(slope == zero, zero, grad * slope) if flat else grad * slope
 
     def from_x(grad_y, z, extra, i):
         return times(grad_y, slope(z))
