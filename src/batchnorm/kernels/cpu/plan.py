@@ -20,7 +20,7 @@ COSTLY = frozenset({"elu", "gelu", "silu", "mish", "sigmoid", "tanh"})
 _SHORT_RUN = 48
 _GROUP_COLUMNS = 2048
 # What a tile of channels has of each sample: memory is read and written in stretches of this size.
-_TILE_BYTES = 256 * 1024
+_TILE_BYTES = 96 * 1024
 # Threads that share out the channels and have no more than this of a sample each wait for each other's
 # memory, which the processor prefetches for both: they share out the samples instead.
 _NEAR_BYTES = 32 * 1024

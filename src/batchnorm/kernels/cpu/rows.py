@@ -291,10 +291,11 @@ def forward(real: Real) -> Callable[[Any], None]:
         if fields[f.APPLY] == 0:
             return
         width, wide, left_over, start, end = shape_of(raw, thread, team)
+        block = rows_per_block(width)
         while start < end:
-            rows = min(rows_per_block(width), end - start)
-            apply_block(raw, start, rows, width, real)
-            start += rows
+            first = max(start, end - block)
+            apply_block(raw, first, end - first, width, real)
+            end = first
         if thread == team - 1 and left_over > 0:
             apply_block(raw, wide, 1, left_over, real)
 
@@ -441,9 +442,10 @@ def backward(real: Real) -> Callable[[Any], None]:
         width, wide, left_over, start, end = shape_of(raw, thread, team)
         if thread == team - 1 and left_over > 0:
             gradient_block(raw, wide, 1, left_over, real)
+        block = rows_per_block(width)
         while start < end:
-            rows = min(rows_per_block(width), end - start)
-            gradient_block(raw, start, rows, width, real)
-            start += rows
+            first = max(start, end - block)
+            gradient_block(raw, first, end - first, width, real)
+            end = first
 
     return kernel
