@@ -43,7 +43,7 @@ def load(
         symbols: addresses of the outside functions that it calls, by name.
         interleaved: let loops take several vectors at a time.
         avx512: use it where the processor has it. Its masks make "0 where z <= 0, else the gradient" a load
-            that waits for z, so that memory is waited for twice.
+            that waits for z, and with it what writes as much as it reads is a little slower.
     """
     with _lock:
         folder = cache_folder()
@@ -157,9 +157,8 @@ _LLVM_TYPES = {"int64": "i64", "float32": "float", "float64": "double"}
 def target_machine(avx512: bool = True) -> Any:
     """This processor, as LLVM is to see it."""
     features = _features()
-    if platform.machine() in ("x86_64", "AMD64"):
-        # Wider ones run so far ahead of memory that its prefetching does not follow.
-        features += ",+prefer-256-bit" if avx512 else ",-avx512f"
+    if platform.machine() in ("x86_64", "AMD64") and not avx512:
+        features += ",-avx512f"
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     target = llvm.Target.from_default_triple()

@@ -13,7 +13,7 @@ from batchnorm.kernels.cpu import team
 from batchnorm.kernels.layout import layout_of
 
 DTYPES = (torch.float32, torch.float64)
-# Activations whose gradient is kept between the two passes over it: computing it again would cost more.
+# Activations that take longer than memory: their gradient is kept between the two passes over it.
 COSTLY = frozenset({"elu", "gelu", "silu", "mish", "sigmoid", "tanh"})
 
 # Runs of a channel up to so many positions are taken in groups of channels.
@@ -199,7 +199,6 @@ def function(
         return getattr(runs, f"{name}_{shape}")(real, activation, *options)
 
     named = [name, shape, _name(dtype), str(activation), *map(str, options)]
-    # Polynomials want its registers; what waits for memory is better without.
     return _load(named, build, {}, interleaved, avx512=activation in COSTLY)
 
 
