@@ -21,11 +21,11 @@ trim = ctypes.CDLL(None).malloc_trim
 
 def compare(shape: tuple[int, ...], trimmed: bool) -> None:
     layer, x = bn.BatchNorm2d(shape[1]), torch.randn(shape)
-    times: dict[object, list[float]] = {torch.empty_like: [], pages.empty_like: []}
+    times: dict[object, list[float]] = {torch.empty_like: [], pages.empty_in_huge_pages: []}
     with torch.no_grad():
         for _ in range(15):
             for allocate, measured in times.items():
-                cpu.empty_like = allocate
+                cpu.empty_in_huge_pages = allocate
                 if trimmed:
                     trim(0)
                 start = time.perf_counter()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import checks, distributed, functional, running, synchronised
-from batchnorm.context import under_transform
+from batchnorm.context import in_backward, under_transform
 from batchnorm.kernels import choose, reference
 from batchnorm.kernels.reference import ACTIVATIONS
 from batchnorm.moments import Moments
@@ -206,7 +206,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """By a kernel that moves the running statistics itself."""
         weight, bias, mean, var = per_channel
         counter = self._buffers["num_batches_tracked"]
-        if not running.moves(True, self.track_running_stats):
+        if in_backward() or not self.track_running_stats:
             counter = None
             if mean is not None and var is not None and self.track_running_stats:
                 # Run again by a checkpoint: it must save as many tensors as the first time, and move none.

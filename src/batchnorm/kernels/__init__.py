@@ -7,7 +7,7 @@ from types import ModuleType
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from batchnorm.context import under_transform
+from batchnorm.context import current_transform
 from batchnorm.kernels import cpu, cuda, native, reference
 
 
@@ -28,7 +28,7 @@ def choose(
     if is_compiling():
         # A compiler fuses plain torch itself; of torch's operator it knows how to move the statistics.
         return native if moving and native.supports(x, parameters) else reference
-    if under_transform():
+    if current_transform() is not None:
         return reference  # the only one that vmap, jvp and their like can look into
     kernel = cuda if x.is_cuda else cpu
     if kernel.supports(x, channel_dim, parameters, residual, activation, training):

@@ -15,10 +15,15 @@ from batchnorm import recipes
 from batchnorm.kernels.autograd import Call, are_plain, can_run_here, in_layout_of
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu import launch, team
-from batchnorm.kernels.cpu.pages import empty_like
+from batchnorm.kernels.cpu.pages import empty_in_huge_pages
 from batchnorm.kernels.cpu.plan import COSTLY, DTYPES, Plan, function, plan
 from batchnorm.kernels.layout import planned
 from batchnorm.moments import Moments
+
+# The functions behind torch's own, where there are any: each Python function less is felt in a call.
+_is_deterministic = getattr(
+    torch._C, "_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled
+)
 
 # From how many values on a kernel called from Python is faster than torch's operators, over rows and over
 # runs, by (in training, with a graph, without activation and residual). Some are faster from fewer than 4096
@@ -46,8 +51,7 @@ def supports(
     """Whether the kernels take these tensors where this code is running, and are worth calling."""
     dtype, channels = x.dtype, x.shape[channel_dim]
     alone = activation is None and residual is None
-    recording = recipes.is_recording() and torch.is_grad_enabled()
-    if x.numel() == 0 or not (recording or pays(x, channel_dim, training, alone)):
+    if not pays(x, channel_dim, training, alone) and not (recipes.is_recording() and torch.is_grad_enabled()):
         return False
     if dtype not in DTYPES or not x.is_cpu or not are_plain(x, residual, *parameters):
         return False
@@ -61,7 +65,7 @@ def supports(
             return False
     if residual is not None and not (residual.dtype is dtype and residual.is_cpu):
         return False
-    if _plan(x, channel_dim) is None or torch.are_deterministic_algorithms_enabled():
+    if _plan(x, channel_dim) is None or _is_deterministic():
         return False
     return can_run_here() and _work()
 
@@ -146,18 +150,13 @@ def training_and_moving(
     call = _Call(x, channel_dim, f.OF_BATCH, eps, activation, residual)
     if running_mean is not None and running_var is not None:
         counter = 0
-        if num_batches_tracked is not None:
-            if _is_counter(num_batches_tracked):
-                counter = num_batches_tracked.data_ptr()
-            else:
-                num_batches_tracked.add_(1)
+        seen = num_batches_tracked
+        if type(seen) is Tensor and seen.is_cpu and seen.dtype is torch.int64 and seen.numel() == 1:
+            counter = seen.data_ptr()
+        elif seen is not None:
+            seen.add_(1)
         call.running = running_mean.data_ptr(), running_var.data_ptr(), counter, momentum
     return call.run(x, weight, bias, residual)
-
-
-def _is_counter(tensor: Tensor) -> bool:
-    """Whether a kernel can count in it."""
-    return type(tensor) is Tensor and tensor.is_cpu and tensor.dtype is torch.int64 and tensor.numel() == 1
 
 
 class _Call(Call):
@@ -186,7 +185,7 @@ class _Call(Call):
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
-        y = empty_like(x)
+        y = empty_in_huge_pages(x) if self.plan.is_large else torch.empty_like(x)
         launch.run_forward(
             self.plan, self.table, x, y, residual, self.statistics, self.plan.count, weight, bias,
             self.running, self.eps, self.activation,
@@ -208,6 +207,7 @@ class _Call(Call):
         the_plan, activation, by_batch = self.plan, self.activation, self.by_batch
         wants_x, wants_weight, wants_bias, wants_residual = wanted
         grad_y = in_layout_of(x, grad_y)
+        empty_like = empty_in_huge_pages if the_plan.is_large else torch.empty_like
         grad_x = empty_like(x) if wants_x else None
         grad_weight = torch.empty_like(the_plan.parameter) if wants_weight else None
         grad_bias = torch.empty_like(the_plan.parameter) if wants_bias else None
@@ -257,7 +257,7 @@ def apply(
         activation: of `autograd.FUSED`.
         residual: in the memory layout of x.
     """
-    the_plan, y = _plan_of(x, channel_dim), empty_like(x)
+    the_plan, y = _plan_of(x, channel_dim), empty_in_huge_pages(x)
     table = torch.empty_like(the_plan.table)
     torch.stack([moments.mean, moments.m2], out=table[: f.M2 + 1])
     launch.run_forward(
@@ -276,7 +276,7 @@ def apply_again(
     residual: Tensor | None = None,
 ) -> Tensor:
     """The output of `apply` once more, to the bit."""
-    the_plan, y = _plan_of(x, channel_dim), empty_like(x)
+    the_plan, y = _plan_of(x, channel_dim), empty_in_huge_pages(x)
     launch.run_forward(the_plan, table, x, y, residual, f.OF_TABLE, the_plan.count, activation=activation)
     return y
 
@@ -303,7 +303,7 @@ def backward_sums(
     """
     the_plan, grad_y = _plan_of(x, channel_dim), in_layout_of(x, grad_y)
     keeps = activation in COSTLY or (activation is not None and extra is not None)
-    grad_z = empty_like(x) if keeps else None
+    grad_z = empty_in_huge_pages(x) if keeps else None
     sums = torch.empty((2, the_plan.channels), dtype=torch.float64)
     launch.run_backward(
         the_plan, table, x, extra, grad_y, None, grad_z, None, None, sums, None, True, True, activation,
@@ -330,7 +330,7 @@ def backward_apply(
         out: where to write it, in the memory layout of x; may be `grad` itself.
     """
     the_plan, grad = _plan_of(x, channel_dim), in_layout_of(x, grad)
-    grad_x = empty_like(x) if out is None else out
+    grad_x = empty_in_huge_pages(x) if out is None else out
     launch.run_backward(
         the_plan, table, x, None, grad, grad_x, None, None, None, None, coefficients, True, False, activation,
         "x",

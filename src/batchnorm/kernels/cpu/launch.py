@@ -30,10 +30,7 @@ def run_forward(
     activation: str | None = None,
 ) -> None:
     """The statistics into the table, and into y, where it is wanted, the output by them."""
-    if y is None:
-        kernel, applied = plan.forward_kernel(), 0
-    else:
-        kernel, applied = plan.forward(activation, residual is not None)
+    kernel, applied = plan.forward[None if y is None else (activation, residual is not None)]
     work = _work_memory(plan.work)
     mean, var, counter, momentum = running
     fields = _pack(
@@ -64,9 +61,9 @@ def run_backward(
 ) -> None:
     """Sums and what follows from them, then the gradient of x, each where it is wanted."""
     stored = grad_z is not None
-    kernel, reduction, one_run, gradient = plan.backward(
+    kernel, reduction, one_run, gradient = plan.backward[
         activation, slope_from, stored, by_batch, reduces, grad_x is not None
-    )
+    ]
     work = _work_memory(plan.work)
     fields = _pack(
         x.data_ptr(), 0, _address(extra), grad_y.data_ptr(), _address(grad_x), _address(grad_z),
@@ -81,13 +78,18 @@ def run_backward(
 def _work_memory(numbers: int) -> int:
     """The address of scratch memory for a call of this thread: allocating it would cost a small layer as much
     as its sums."""
-    memory = getattr(_scratch, "memory", None)
-    if memory is None or memory.numel() < numbers:
-        memory = _scratch.memory = torch.empty(numbers, dtype=torch.float64)
-    return int(memory.data_ptr())
+    if _scratch.numbers < numbers:
+        _scratch.memory = torch.empty(numbers, dtype=torch.float64)
+        _scratch.address, _scratch.numbers = _scratch.memory.data_ptr(), numbers
+    return _scratch.address
 
 
-_scratch = threading.local()
+class _Scratch(threading.local):
+    memory: Tensor
+    address = numbers = 0
+
+
+_scratch = _Scratch()
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -15,14 +15,14 @@ _HUGE = 2 * 1024 * 1024
 # glibc maps blocks above 32 MiB anew each time, and gives back the memory of smaller ones when enough of it
 # is free at the end of the heap; from here on huge pages then nearly halve the time, and cost none otherwise
 # (benchmarks/huge_pages.py).
-_LARGE = 8 * 1024 * 1024
+LARGE = 8 * 1024 * 1024
 
 
-def empty_like(x: Tensor) -> Tensor:
+def empty_in_huge_pages(x: Tensor) -> Tensor:
     """As `torch.empty_like`; a large tensor is advised to be in huge pages where the system has them."""
     y = torch.empty_like(x)
     size = y.numel() * y.element_size()
-    if size >= _LARGE and (madvise := _madvise()) is not None:
+    if size >= LARGE and (madvise := _madvise()) is not None:
         start = -(-y.data_ptr() // _HUGE) * _HUGE
         end = (y.data_ptr() + size) // _HUGE * _HUGE
         madvise(start, end - start, mmap.MADV_HUGEPAGE)  # advice: where it is refused nothing changes

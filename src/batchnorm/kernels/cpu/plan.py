@@ -10,6 +10,7 @@ import torch
 
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu import team
+from batchnorm.kernels.cpu.pages import LARGE
 from batchnorm.kernels.layout import layout_of
 
 DTYPES = (torch.float32, torch.float64)
@@ -28,6 +29,18 @@ _NEAR_BYTES = 32 * 1024
 _WIDE_ROW = 128
 
 
+class _Loaded(dict[Any, tuple[int, ...]]):
+    """Addresses of compiled functions, which are loaded when they are first asked for."""
+
+    def __init__(self, load: Callable[[Any], tuple[int, ...]]) -> None:
+        super().__init__()
+        self._load = load
+
+    def __missing__(self, key: Any) -> tuple[int, ...]:
+        found = self[key] = self._load(key)
+        return found
+
+
 class Plan:
     """What a call needs to know besides its tensors.
 
@@ -40,6 +53,11 @@ class Plan:
         work: float64 numbers of scratch memory, forward and backward alike.
         typed: how many of them come before the numbers in the tensor's dtype.
         interleaved: whether loops take four vectors at a time.
+        is_large: whether an output had better be in huge pages.
+        forward: addresses of the forward kernel and of the function it applies, by
+            (activation, has_residual); without the latter, by None, it stops at the statistics.
+        backward: addresses of the backward kernel and its functions, for sums, sums run by run and gradients,
+            by (activation, slope_from, stored, by_batch, reduces, wants_x).
         table, parameter: without memory; to make a tensor like another takes half as long as by its shape.
     """
 
@@ -65,45 +83,24 @@ class Plan:
         self.interleaved = interleaved
         self.table = torch.empty((), dtype=torch.float64).expand(int(f.TABLE_ROWS), shape[1])
         self.parameter = torch.empty((), dtype=dtype).expand(shape[1])
-        self._forward: dict[Any, tuple[int, int]] = {}
-        self._backward: dict[Any, tuple[int, int, int, int]] = {}
+        self.is_large = shape[0] * shape[1] * shape[2] * dtype.itemsize >= LARGE
+        self.forward = _Loaded(self._load_forward)
+        self.backward = _Loaded(self._load_backward)
 
-    def forward(self, activation: str | None, has_residual: bool) -> tuple[int, int]:
-        """Addresses of the forward kernel and of the function it applies."""
-        key = activation, has_residual
-        found = self._forward.get(key)
-        if found is None:
-            applied = self._function("apply", activation, has_residual)
-            found = self._forward[key] = self.forward_kernel(), applied
-        return found
+    def _load_forward(self, key: tuple[str | None, bool] | None) -> tuple[int, ...]:
+        applied = 0 if key is None else self._function("apply", *key)
+        return _kernel("forward", self.kind, self.dtype, self.interleaved), applied
 
-    def forward_kernel(self) -> int:
-        """Address of the forward kernel, which stops at the statistics without a function to apply."""
-        return _kernel("forward", self.kind, self.dtype, self.interleaved)
-
-    def backward(
-        self,
-        activation: str | None,
-        slope_from: str,
-        stored: bool,
-        by_batch: bool,
-        reduces: bool,
-        wants_x: bool,
-    ) -> tuple[int, int, int, int]:
-        """Addresses of the backward kernel and its functions: for sums, sums run by run, gradients."""
-        key = activation, slope_from, stored, by_batch, reduces, wants_x
-        found = self._backward.get(key)
-        if found is None:
-            sums = one_run = gradient = 0
-            if reduces:
-                sums = self._function("reduce", activation, slope_from, stored)
-                one_run = function("reduce", "runs", self.dtype, activation, slope_from, stored)
-            if wants_x:
-                of_z = (None, "x") if stored else (activation, slope_from)
-                gradient = self._function("gradient", *of_z, by_batch)
-            kernel = _kernel("backward", self.kind, self.dtype, self.interleaved)
-            found = self._backward[key] = kernel, sums, one_run, gradient
-        return found
+    def _load_backward(self, key: tuple[str | None, str, bool, bool, bool, bool]) -> tuple[int, ...]:
+        activation, slope_from, stored, by_batch, reduces, wants_x = key
+        sums = one_run = gradient = 0
+        if reduces:
+            sums = self._function("reduce", activation, slope_from, stored)
+            one_run = function("reduce", "runs", self.dtype, activation, slope_from, stored)
+        if wants_x:
+            of_z = (None, "x") if stored else (activation, slope_from)
+            gradient = self._function("gradient", *of_z, by_batch)
+        return _kernel("backward", self.kind, self.dtype, self.interleaved), sums, one_run, gradient
 
     def _function(self, name: str, *options: Any) -> int:
         shape = "runs" if self.kind == "slabs" else "rows"
@@ -114,7 +111,9 @@ class Plan:
 def plan(
     shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, channel_dim: int, threads: int
 ) -> Plan | None:
-    """The plan for a tensor, or None when its memory is neither contiguous nor channels last."""
+    """The plan for a tensor, or None when it is empty, or its memory neither contiguous nor channels last."""
+    if 0 in shape:
+        return None
     layout = layout_of(shape, strides, channel_dim)
     if layout is None:
         return None
