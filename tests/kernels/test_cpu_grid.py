@@ -245,8 +245,9 @@ def test_the_grid_knows_the_sizes():
     assert (B, G, W, T, RUN, rows.BLOCK, M) == (4096, 2048, 128, 2048, 48, 262144, 256)
     assert (F, FR, _NEAR_BYTES) == (512, 32, 32768)
     # Among them are runs for which loops are compiled either way.
-    inputs = map(torch.empty, SHAPES["slabs"])
-    assert {plan(x.shape, x.stride(), x.dtype, 1, 1).interleaved for x in inputs} == {True, False}
+    plans = [plan(x.shape, x.stride(), x.dtype, 1, 1) for x in map(torch.empty, SHAPES["slabs"])]
+    for avx512 in (True, False):
+        assert {found.interleaves(avx512) for found in plans} == {True, False}
 
 
 @pytest.mark.parametrize(("name", "shape", "dtype", "threads"), GRID_OF_THREADS, ids=str)

@@ -52,7 +52,6 @@ class Plan:
         threads: size of the team.
         work: float64 numbers of scratch memory, forward and backward alike.
         typed: how many of them come before the numbers in the tensor's dtype.
-        interleaved: whether loops take four vectors at a time.
         is_large: whether an output had better be in huge pages.
         forward: addresses of the forward kernel and of the function it applies, by
             (activation, has_residual); without the latter, by None, it stops at the statistics.
@@ -70,7 +69,6 @@ class Plan:
         threads: int,
         work: int,
         typed: int,
-        interleaved: bool = True,
     ) -> None:
         self.kind = kind
         self.dtype = dtype
@@ -80,7 +78,6 @@ class Plan:
         self.threads = threads
         self.work = work
         self.typed = typed
-        self.interleaved = interleaved
         self.table = torch.empty((), dtype=torch.float64).expand(int(f.TABLE_ROWS), shape[1])
         self.parameter = torch.empty((), dtype=dtype).expand(shape[1])
         self.is_large = shape[0] * shape[1] * shape[2] * dtype.itemsize >= LARGE
@@ -89,7 +86,7 @@ class Plan:
 
     def _load_forward(self, key: tuple[str | None, bool] | None) -> tuple[int, ...]:
         applied = 0 if key is None else self._function("apply", *key)
-        return _kernel("forward", self.kind, self.dtype, self.interleaved), applied
+        return self._kernel("forward"), applied
 
     def _load_backward(self, key: tuple[str | None, str, bool, bool, bool, bool]) -> tuple[int, ...]:
         activation, slope_from, stored, by_batch, reduces, wants_x = key
@@ -100,11 +97,26 @@ class Plan:
         if wants_x:
             of_z = (None, "x") if stored else (activation, slope_from)
             gradient = self._function("gradient", *of_z, by_batch)
-        return _kernel("backward", self.kind, self.dtype, self.interleaved), sums, one_run, gradient
+        return self._kernel("backward"), sums, one_run, gradient
 
-    def _function(self, name: str, *options: Any) -> int:
+    def _kernel(self, name: str) -> int:
+        return _kernel(name, self.kind, self.dtype, self.interleaves(avx512=True))
+
+    def _function(self, name: str, activation: str | None, *options: Any) -> int:
         shape = "runs" if self.kind == "slabs" else "rows"
-        return function(name, shape, self.dtype, *options, interleaved=self.interleaved)
+        interleaved = self.interleaves(avx512=activation in COSTLY)
+        return function(name, shape, self.dtype, activation, *options, interleaved=interleaved)
+
+    def interleaves(self, avx512: bool) -> bool:
+        """Whether loops take four vectors at a time.
+
+        What is left over of a run then, one number after the other, is most of it for 7 x 7 positions.
+        """
+        if self.kind != "slabs":
+            return True
+        four_vectors = (256 if avx512 else 128) // self.dtype.itemsize
+        positions = self.geometry[2]
+        return positions % four_vectors <= positions // 16
 
 
 @lru_cache(maxsize=4096)
@@ -132,16 +144,8 @@ def plan(
     tile = max(1, _TILE_BYTES // (positions * dtype.itemsize))
     return Plan(
         "slabs", dtype, (samples, channels, positions), (tile, sample_parts, position_parts), threads,
-        5 * channels * parts, 5 * channels * parts, _pays_to_interleave(positions, dtype),
+        5 * channels * parts, 5 * channels * parts,
     )  # fmt: skip
-
-
-def _pays_to_interleave(positions: int, dtype: torch.dtype) -> bool:
-    """Whether a loop over a run had better take four vectors, of 32 bytes each, at a time.
-
-    What is left over of the run then, one number after the other, is most of it for 7 x 7 positions.
-    """
-    return positions % (128 // dtype.itemsize) <= positions // 16
 
 
 def _rows(rows: int, channels: int, dtype: torch.dtype, threads: int) -> Plan:
