@@ -5,7 +5,8 @@
 
 Each bound is torch.nn's time over that of moving tensors as fast as the floor does (a geometric mean over the
 shapes that the benchmark's own summary takes): each tensor once; those that two passes read twice, too; and
-that with the cost of a call, which is our time on the smallest shape.
+that with the cost of a call, which is our time on the smallest shape. Then the same for our time over the
+floor's, for the shapes that the benchmark gives it for.
 """
 
 import json
@@ -19,7 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from batchnorm.lab.bench_cases import CASES, Case
-from batchnorm.lab.bench_results import FLOOR, LARGE, OURS, TORCH
+from batchnorm.lab.bench_results import FLOOR, HUGE, LARGE, OURS, TORCH
+
+
+# Tensors that a copy reads and writes once, that a layer does, and that it reads again in a second pass.
+FORWARD, BACKWARD = (2, 2, 1), (5, 5, 3)
 
 
 def bounds(case: Case, results: list[dict[str, Any]]) -> list[float]:
@@ -27,9 +32,7 @@ def bounds(case: Case, results: list[dict[str, Any]]) -> list[float]:
     times = {name: [r["timings"][name]["ms"] for r in results] for name in (TORCH, OURS, FLOOR)}
     call = min(times[OURS])
     large = [i for i, result in enumerate(results) if math.prod(result["shape"]) >= LARGE]
-    copied = 5 if case.backward else 2
-    # x in the forward; x and a gradient in the backward.
-    read_again = 3 if case.backward else 1
+    copied, _, read_again = BACKWARD if case.backward else FORWARD
 
     def mean(ms: list[float]) -> float:
         return statistics.geometric_mean(times[TORCH][i] / ms[i] for i in large)
@@ -37,6 +40,24 @@ def bounds(case: Case, results: list[dict[str, Any]]) -> list[float]:
     once = [ms * case.tensors / copied for ms in times[FLOOR]]
     twice = [ms * (case.tensors + read_again) / copied for ms in times[FLOOR]]
     return [mean(times[OURS]), mean(once), mean(twice), mean([ms + call for ms in twice])]
+
+
+def over_floor(results: list[dict[str, Any]]) -> str:
+    """Of plain forward and backward."""
+    call = min(result["timings"][OURS]["ms"] for result in results)
+    copied, moved, read_again = BACKWARD
+    ours, bound = {}, {}
+    for result in results:
+        if math.prod(result["shape"]) >= HUGE:
+            shape, floor = "x".join(map(str, result["shape"])), result["timings"][FLOOR]["ms"]
+            ours[shape] = result["timings"][OURS]["ms"] / floor
+            bound[shape] = (moved + read_again) / copied + call / floor
+
+    def line(name: str, ratios: dict[str, float]) -> str:
+        worst = max(ratios, key=lambda shape: ratios[shape])
+        return f"{name}: mean {statistics.geometric_mean(ratios.values()):.2f}, worst {ratios[worst]:.2f} on {worst}"
+
+    return f"over the floor, {line('ours', ours)}; {line('by two passes, and a call', bound)}"
 
 
 def main(path: Path) -> None:
@@ -50,6 +71,9 @@ def main(path: Path) -> None:
         if results:
             table.add_row(name, *(f"{bound:.2f}" for bound in bounds(case, results)))
     Console(width=110).print(table)
+    plain = [result for result in benchmark["results"] if result["case"] == "forward+backward"]
+    if plain:
+        print(over_floor(plain))
     print(f"{benchmark['machine']['processor']}, {benchmark['threads']} threads")
 
 

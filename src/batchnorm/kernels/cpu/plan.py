@@ -80,7 +80,7 @@ class Plan:
         self.typed = typed
         self.table = torch.empty((), dtype=torch.float64).expand(int(f.TABLE_ROWS), shape[1])
         self.parameter = torch.empty((), dtype=dtype).expand(shape[1])
-        self.is_large = shape[0] * shape[1] * shape[2] * dtype.itemsize >= LARGE
+        self.is_large = self.count * self.channels * dtype.itemsize >= LARGE
         self.forward = _Loaded(self._load_forward)
         self.backward = _Loaded(self._load_backward)
 
