@@ -22,7 +22,6 @@ from rich.table import Table
 from batchnorm.lab.bench_cases import CASES, Case
 from batchnorm.lab.bench_results import FLOOR, HUGE, LARGE, OURS, TORCH
 
-
 # Tensors that a copy reads and writes once, that a layer does, and that it reads again in a second pass.
 FORWARD, BACKWARD = (2, 2, 1), (5, 5, 3)
 
@@ -54,8 +53,8 @@ def over_floor(results: list[dict[str, Any]]) -> str:
             bound[shape] = (moved + read_again) / copied + call / floor
 
     def line(name: str, ratios: dict[str, float]) -> str:
-        worst = max(ratios, key=lambda shape: ratios[shape])
-        return f"{name}: mean {statistics.geometric_mean(ratios.values()):.2f}, worst {ratios[worst]:.2f} on {worst}"
+        mean, worst = statistics.geometric_mean(ratios.values()), max(ratios, key=lambda shape: ratios[shape])
+        return f"{name}: mean {mean:.2f}, worst {ratios[worst]:.2f} on {worst}"
 
     return f"over the floor, {line('ours', ours)}; {line('by two passes, and a call', bound)}"
 

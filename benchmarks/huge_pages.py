@@ -1,41 +1,56 @@
-"""What huge pages for large outputs are worth: a training forward with and without them, in turn.
+"""What huge pages for large outputs are worth: a training forward with and without them.
 
 Memory that is used again has its pages already; after malloc_trim, which glibc calls by itself when enough is
-free at the end of the heap, it has none.
+free at the end of the heap, it has none. Each is timed in a process of its own, as advice stays with memory,
+and over many rounds: a virtual machine's host may take milliseconds for a page that it has not given out yet.
 """
 
 import ctypes
+import math
 import statistics
+import subprocess
+import sys
 import time
 
 import torch
 
 import batchnorm as bn
 from batchnorm.kernels import cpu
-from batchnorm.kernels.cpu import pages
 from batchnorm.lab.machine import machine_line
 
 SHAPES = [(8, 64, 64, 64), (16, 64, 64, 64), (24, 64, 64, 64), (32, 64, 64, 64), (32, 64, 112, 112)]
+ROUNDS = 600
 trim = ctypes.CDLL(None).malloc_trim
 
 
-def compare(shape: tuple[int, ...], trimmed: bool) -> None:
+def measure(shape: tuple[int, ...], huge: bool, trimmed: bool) -> float:
+    """Milliseconds, in this process."""
+    if not huge:
+        cpu.empty_in_huge_pages = torch.empty_like
     layer, x = bn.BatchNorm2d(shape[1]), torch.randn(shape)
-    times: dict[object, list[float]] = {torch.empty_like: [], pages.empty_in_huge_pages: []}
+    times = []
     with torch.no_grad():
-        for _ in range(15):
-            for allocate, measured in times.items():
-                cpu.empty_in_huge_pages = allocate
-                if trimmed:
-                    trim(0)
-                start = time.perf_counter()
-                y = layer(x)
-                measured.append(time.perf_counter() - start)
-                del y
-    plain, huge = (statistics.median(measured) * 1e3 for measured in times.values())
-    size, memory = x.numel() * x.element_size() / 2**20, "trimmed" if trimmed else "used again"
-    ratio = plain / huge
-    print(f"{size:3.0f} MiB, {memory:<10}  {plain:6.2f} ms  {huge:6.2f} ms in huge pages  {ratio:.2f}x")
+        for _ in range(ROUNDS + 1):
+            if trimmed:
+                trim(0)
+            start = time.perf_counter()
+            y = layer(x)
+            times.append(time.perf_counter() - start)
+            del y
+    return statistics.median(times[1:]) * 1e3
+
+
+def in_process(shape: tuple[int, ...], huge: bool, trimmed: bool) -> float:
+    arguments = [",".join(map(str, shape)), str(int(huge)), str(int(trimmed))]
+    run = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, check=True)
+    return float(run.stdout)
+
+
+def compare(shape: tuple[int, ...], trimmed: bool) -> None:
+    plain, huge_pages = (in_process(shape, huge, trimmed) for huge in (False, True))
+    size, memory = math.prod(shape) / 2**18, "trimmed" if trimmed else "used again"
+    ratio = plain / huge_pages
+    print(f"{size:3.0f} MiB, {memory:<10}  {plain:6.2f} ms  {huge_pages:6.2f} ms in huge pages  {ratio:.2f}x")
 
 
 def main() -> None:
@@ -46,4 +61,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        print(measure(tuple(map(int, sys.argv[1].split(","))), sys.argv[2] == "1", sys.argv[3] == "1"))
+    else:
+        main()
