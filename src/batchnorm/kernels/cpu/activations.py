@@ -19,7 +19,7 @@ inline = njit(
     fastmath={"contract", "nsz"}, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
 )
 Real = type[np.float32] | type[np.float64]
-_Pair = tuple[Callable[[Any], Any], Callable[[Any], Any]]
+_Pair = tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]
 
 
 @intrinsic
@@ -37,51 +37,53 @@ def value_of(name: str | None, real: Real) -> Callable[[Any], Any]:
     return inline(_FUNCTIONS[name](real)[0])
 
 
-def slope_of(name: str | None, real: Real) -> Callable[[Any], Any]:
-    """The derivative of the activation, likewise."""
+def gradient_of(name: str | None, real: Real) -> Callable[[Any, Any], Any]:
+    """The gradient of the activation's input, a function of that of its output and of the input z, likewise.
+
+    Where the slope is 0 on a whole side, the upstream gradient is not looked at, as in torch: it may be NaN.
+    """
     return inline(_FUNCTIONS[name](real)[1])
 
 
 def _identity(real: Real) -> _Pair:
-    one = real(1)
-    return lambda z: z, lambda z: one
+    return lambda z: z, lambda grad, z: grad
 
 
 def _relu(real: Real) -> _Pair:
-    zero, one = real(0), real(1)
+    zero = real(0)
 
     # "Not at or below 0" rather than "above 0", so that NaN stays NaN, as in torch.
     def value(z: Any) -> Any:
         return select(z <= zero, zero, z)
 
-    def slope(z: Any) -> Any:
-        return select(z <= zero, zero, one)
+    def gradient(grad: Any, z: Any) -> Any:
+        return select(z <= zero, zero, grad)
 
-    return value, slope
+    return value, gradient
 
 
 def _leaky_relu(real: Real) -> _Pair:
-    zero, one, leak = real(0), real(1), real(0.01)
+    zero, leak = real(0), real(0.01)
 
     def value(z: Any) -> Any:
         return select(z > zero, z, z * leak)
 
-    def slope(z: Any) -> Any:
-        return select(z > zero, one, leak)
+    def gradient(grad: Any, z: Any) -> Any:
+        return select(z > zero, grad, grad * leak)
 
-    return value, slope
+    return value, gradient
 
 
 def _relu6(real: Real) -> _Pair:
-    zero, one, six = real(0), real(1), real(6)
+    zero, six = real(0), real(6)
 
     def value(z: Any) -> Any:
         return select(z < zero, zero, select(z > six, six, z))
 
-    def slope(z: Any) -> Any:
-        return select(z <= zero, zero, select(z >= six, zero, one))
+    def gradient(grad: Any, z: Any) -> Any:
+        return select(z <= zero, zero, select(z >= six, zero, grad))
 
-    return value, slope
+    return value, gradient
 
 
 def _elu(real: Real) -> _Pair:
@@ -91,10 +93,10 @@ def _elu(real: Real) -> _Pair:
     def value(z: Any) -> Any:
         return select(z > zero, z, expm1(z))
 
-    def slope(z: Any) -> Any:
-        return select(z > zero, one, exp(z))
+    def gradient(grad: Any, z: Any) -> Any:
+        return grad * select(z > zero, one, exp(z))
 
-    return value, slope
+    return value, gradient
 
 
 def _hardsigmoid(real: Real) -> _Pair:
@@ -105,24 +107,24 @@ def _hardsigmoid(real: Real) -> _Pair:
         shifted = z + three
         return select(shifted < zero, zero, select(shifted > six, six, shifted)) / six
 
-    def slope(z: Any) -> Any:
-        return select(z <= -three, zero, select(z >= three, zero, sixth))
+    def gradient(grad: Any, z: Any) -> Any:
+        return select(z <= -three, zero, select(z >= three, zero, grad * sixth))
 
-    return value, slope
+    return value, gradient
 
 
 def _hardswish(real: Real) -> _Pair:
-    zero, one, three = real(0), real(1), real(3)
+    zero, three = real(0), real(3)
     half, third = real(0.5), real(1 / 3)
     share = inline(_hardsigmoid(real)[0])
 
     def value(z: Any) -> Any:
         return z * share(z)
 
-    def slope(z: Any) -> Any:
-        return select(z <= -three, zero, select(z >= three, one, z * third + half))
+    def gradient(grad: Any, z: Any) -> Any:
+        return select(z <= -three, zero, select(z >= three, grad, grad * (z * third + half)))
 
-    return value, slope
+    return value, gradient
 
 
 def _sigmoid(real: Real) -> _Pair:
@@ -132,11 +134,11 @@ def _sigmoid(real: Real) -> _Pair:
     def value(z: Any) -> Any:
         return one / (one + exp(-z))
 
-    def slope(z: Any) -> Any:
+    def gradient(grad: Any, z: Any) -> Any:
         y = one / (one + exp(-z))
-        return y * (one - y)
+        return grad * (y * (one - y))
 
-    return value, slope
+    return value, gradient
 
 
 def _silu(real: Real) -> _Pair:
@@ -146,11 +148,11 @@ def _silu(real: Real) -> _Pair:
     def value(z: Any) -> Any:
         return z / (one + exp(-z))
 
-    def slope(z: Any) -> Any:
+    def gradient(grad: Any, z: Any) -> Any:
         share = one / (one + exp(-z))
-        return share * (one + z * (one - share))
+        return grad * (share * (one + z * (one - share)))
 
-    return value, slope
+    return value, gradient
 
 
 def _tanh(real: Real) -> _Pair:
@@ -167,11 +169,11 @@ def _tanh(real: Real) -> _Pair:
     def value(z: Any) -> Any:
         return tanh(z)
 
-    def slope(z: Any) -> Any:
+    def gradient(grad: Any, z: Any) -> Any:
         y = tanh(z)
-        return one - y * y
+        return grad * (one - y * y)
 
-    return value, slope
+    return value, gradient
 
 
 def _mish(real: Real) -> _Pair:
@@ -184,13 +186,13 @@ def _mish(real: Real) -> _Pair:
         w = e * (e + two)
         return z * (w / (w + two))
 
-    def slope(z: Any) -> Any:
+    def gradient(grad: Any, z: Any) -> Any:
         e = exp(select(z > far, far, z))
         w = e * (e + two)
         share = w / (w + two)
-        return share + z * (one - share * share) * (e / (one + e))
+        return grad * (share + z * (one - share * share) * (e / (one + e)))
 
-    return value, slope
+    return value, gradient
 
 
 def _gelu(real: Real) -> _Pair:
@@ -201,11 +203,11 @@ def _gelu(real: Real) -> _Pair:
         share, _ = normal(z)
         return z * share
 
-    def slope(z: Any) -> Any:
+    def gradient(grad: Any, z: Any) -> Any:
         share, density = normal(z)
-        return share + z * (density_at_0 * density)
+        return grad * (share + z * (density_at_0 * density))
 
-    return value, slope
+    return value, gradient
 
 
 _FUNCTIONS: dict[str | None, Callable[[Real], _Pair]] = {

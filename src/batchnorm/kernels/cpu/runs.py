@@ -2,7 +2,7 @@
 
 Each becomes a C function that the kernels in `slabs.py`, `groups.py` and `rows.py` call by its address, so
 that a new activation costs a fraction of a second to compile. In all of them the activation is applied to
-`z = (x - mean) * scale + shift + residual`, and `grad_z = grad_y * slope(z)`.
+`z = (x - mean) * scale + shift + residual`, and `grad_z` is `grad_y` times its slope at z.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from batchnorm.kernels.cpu.activations import Real, select, slope_of, value_of
+from batchnorm.kernels.cpu.activations import Real, gradient_of, value_of
 from batchnorm.kernels.cpu.memory import add_to_first, add_to_second, at, get, put
 
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
@@ -217,27 +217,19 @@ def gradient_rows(
     return signature, loop(gradient)
 
 
-# Where their slope is 0, torch does not look at the upstream gradient.
-_FLAT = frozenset({"relu", "relu6", "hardsigmoid", "hardswish"})
-
-
 def _differentiate(real: Real, name: str | None, slope_from: str) -> Callable[..., Any]:
-    """`grad_y * slope(z)`; a NaN or inf of the upstream gradient goes no further than in torch."""
-    slope, zero, flat = slope_of(name, real), real(0), name in _FLAT
-
-    @loop
-    def times(grad, slope):
-        return select(slope == zero, zero, grad * slope) if flat else grad * slope
+    """The gradient of z by that of y."""
+    gradient = gradient_of(name, real)
 
     def from_x(grad_y, z, extra, i):
-        return times(grad_y, slope(z))
+        return gradient(grad_y, z)
 
     def from_residual(grad_y, z, extra, i):
-        return times(grad_y, slope(z + get(extra, i)))
+        return gradient(grad_y, z + get(extra, i))
 
     def from_output(grad_y, z, extra, i):
         # Where these activations bend, y and z are on the same side.
-        return times(grad_y, slope(get(extra, i)))
+        return gradient(grad_y, get(extra, i))
 
     return loop({FROM_X: from_x, FROM_RESIDUAL: from_residual, FROM_OUTPUT: from_output}[slope_from])
 
