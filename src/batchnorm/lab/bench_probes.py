@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
-_LEAST_ROUNDS = 5
+_LEAST_ROUNDS = 9
 _LEAST_SAMPLE_SECONDS = 200e-6
 _MOST_CALLS = 100
 # Writing them takes a GPU of today some 300 microseconds, in which a call is launched from Python.
