@@ -18,7 +18,7 @@ import batchnorm
 from batchnorm.lab import bench, bench_cases, bench_results, figures, tables
 from batchnorm.lab.bench_cases import CASES, DTYPES, GPU_SHAPES, SHAPES, Case
 from batchnorm.lab.bench_nets import MEMORY_EFFICIENT, NO_NORM, TAILS, ResNet18, measure_nets
-from batchnorm.lab.bench_probes import Contender, Timing, gc_paused, held_bytes, take_turns
+from batchnorm.lab.bench_probes import LEAST_ROUNDS, Contender, Timing, gc_paused, held_bytes, take_turns
 from batchnorm.lab.bench_results import COMPILED, FLOOR, OURS, TORCH, TORCH_OTHER_LAYOUT, Result, Summary
 
 NO_TIME = 1e-9  # the least number of rounds
@@ -101,7 +101,7 @@ def test_times_all_in_turn_and_counts_what_torch_saves(case: Case, shape: tuple[
     result = bench.measure(case, shape, NO_TIME)
     assert (result.case, result.shape, result.elements) == (case.name, shape, math.prod(shape))
     assert set(result.timings) == {TORCH, OURS, FLOOR}
-    assert all(timing.rounds == 9 and timing.ms > 0 for timing in result.timings.values())
+    assert all(timing.rounds == LEAST_ROUNDS and timing.ms > 0 for timing in result.timings.values())
     # The input, mean and 1/std per channel, and the ReLU's output.
     tensors = 1 + (case.activation == "relu")
     assert result.saved_bytes[TORCH] == 4 * (tensors * math.prod(shape) + 2 * shape[1])
@@ -132,11 +132,11 @@ def test_every_round_has_each_once_and_short_calls_are_repeated() -> None:
     timings = take_turns(
         {"short": Contender(lambda: calls.append("short")), "long": Contender(long)}, NO_TIME
     )
-    assert [timing.rounds for timing in timings.values()] == [9, 9]
-    assert calls.count("long") == 2 + 5
-    assert 2 + 5 < calls.count("short") <= 2 + 5 * 100
+    assert [timing.rounds for timing in timings.values()] == [LEAST_ROUNDS] * 2
+    assert calls.count("long") == 2 + LEAST_ROUNDS
+    assert 2 + LEAST_ROUNDS < calls.count("short") <= 2 + LEAST_ROUNDS * 100
     assert timings["short"].ms < timings["long"].ms
-    assert take_turns({"short": Contender(int)}, 0.01)["short"].rounds > 9
+    assert take_turns({"short": Contender(int)}, 0.01)["short"].rounds > LEAST_ROUNDS
 
 
 def test_timing_of_samples() -> None:
@@ -348,8 +348,8 @@ def test_the_clock_is_any_function() -> None:
         return 50e-6
 
     timings = take_turns({"a": Contender(int)}, NO_TIME, clock)
-    assert timings["a"] == Timing(pytest.approx(0.05), pytest.approx(0.0), 5)
-    assert calls == [1, 1, 4, 4, 4, 4, 4]
+    assert timings["a"] == Timing(pytest.approx(0.05), pytest.approx(0.0), LEAST_ROUNDS)
+    assert calls == [1, 1, *[4] * LEAST_ROUNDS]
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
-_LEAST_ROUNDS = 9
+LEAST_ROUNDS = 9
 _LEAST_SAMPLE_SECONDS = 200e-6
 _MOST_CALLS = 100
 # Writing them takes a GPU of today some 300 microseconds, in which a call is launched from Python.
@@ -121,7 +121,7 @@ def take_turns(
     with gc_paused():
         calls = {name: _calls_per_sample(contender, clock) for name, contender in contenders.items()}
         end = time.perf_counter() + seconds
-        while len(samples[order[0]]) < _LEAST_ROUNDS or time.perf_counter() < end:
+        while len(samples[order[0]]) < LEAST_ROUNDS or time.perf_counter() < end:
             shuffle(order)
             for name in order:
                 samples[name].append(clock(contenders[name], calls[name]))
