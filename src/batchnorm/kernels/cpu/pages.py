@@ -13,7 +13,7 @@ from torch import Tensor
 
 _HUGE = 2 * 1024 * 1024
 # glibc maps blocks above 32 MiB anew each time, and gives back the memory of smaller ones when enough of it
-# is free at the end of the heap; from here on huge pages then take less than half the time, and cost little else
+# is free at the end of the heap; from here on huge pages then take less than half the time, else cost little
 # (benchmarks/huge_pages.py).
 LARGE = 8 * 1024 * 1024
 
