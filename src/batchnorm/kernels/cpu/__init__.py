@@ -15,12 +15,12 @@ from batchnorm import recipes
 from batchnorm.kernels.autograd import Call, are_plain, can_run_here, in_layout_of
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu import launch, team
-from batchnorm.kernels.cpu.pages import empty_in_huge_pages
+from batchnorm.kernels.cpu.pages import in_huge_pages
 from batchnorm.kernels.cpu.plan import COSTLY, DTYPES, Plan, function, plan
 from batchnorm.kernels.layout import planned
 from batchnorm.moments import Moments
 
-# The functions behind torch's own, where there are any: each Python function less is felt in a call.
+# What torch's function calls, where torch has it: a Python function less in each call.
 _is_deterministic = getattr(
     torch._C, "_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled
 )
@@ -159,6 +159,11 @@ def training_and_moving(
     return call.run(x, weight, bias, residual)
 
 
+def _empty_like(x: Tensor, the_plan: Plan) -> Tensor:
+    y = torch.empty_like(x)
+    return in_huge_pages(y) if the_plan.is_large else y
+
+
 class _Call(Call):
     """A normalisation by the CPU kernels."""
 
@@ -185,7 +190,7 @@ class _Call(Call):
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
-        y = empty_in_huge_pages(x) if self.plan.is_large else torch.empty_like(x)
+        y = _empty_like(x, self.plan)
         launch.run_forward(
             self.plan, self.table, x, y, residual, self.statistics, self.plan.count, weight, bias,
             self.running, self.eps, self.activation,
@@ -207,13 +212,12 @@ class _Call(Call):
         the_plan, activation, by_batch = self.plan, self.activation, self.by_batch
         wants_x, wants_weight, wants_bias, wants_residual = wanted
         grad_y = in_layout_of(x, grad_y)
-        empty_like = empty_in_huge_pages if the_plan.is_large else torch.empty_like
-        grad_x = empty_like(x) if wants_x else None
+        grad_x = _empty_like(x, the_plan) if wants_x else None
         grad_weight = torch.empty_like(the_plan.parameter) if wants_weight else None
         grad_bias = torch.empty_like(the_plan.parameter) if wants_bias else None
         grad_z = grad_residual = None
         if wants_residual:
-            grad_residual = grad_y if activation is None else empty_like(x)
+            grad_residual = grad_y if activation is None else _empty_like(x, the_plan)
             grad_z = None if activation is None else grad_residual
         elif wants_x and activation in COSTLY:
             grad_z = grad_x
@@ -257,7 +261,8 @@ def apply(
         activation: of `autograd.FUSED`.
         residual: in the memory layout of x.
     """
-    the_plan, y = _plan_of(x, channel_dim), empty_in_huge_pages(x)
+    the_plan = _plan_of(x, channel_dim)
+    y = _empty_like(x, the_plan)
     table = torch.empty_like(the_plan.table)
     torch.stack([moments.mean, moments.m2], out=table[: f.M2 + 1])
     launch.run_forward(
@@ -276,7 +281,8 @@ def apply_again(
     residual: Tensor | None = None,
 ) -> Tensor:
     """The output of `apply` once more, to the bit."""
-    the_plan, y = _plan_of(x, channel_dim), empty_in_huge_pages(x)
+    the_plan = _plan_of(x, channel_dim)
+    y = _empty_like(x, the_plan)
     launch.run_forward(the_plan, table, x, y, residual, f.OF_TABLE, the_plan.count, activation=activation)
     return y
 
@@ -303,7 +309,7 @@ def backward_sums(
     """
     the_plan, grad_y = _plan_of(x, channel_dim), in_layout_of(x, grad_y)
     keeps = activation in COSTLY or (activation is not None and extra is not None)
-    grad_z = empty_in_huge_pages(x) if keeps else None
+    grad_z = _empty_like(x, the_plan) if keeps else None
     sums = torch.empty((2, the_plan.channels), dtype=torch.float64)
     launch.run_backward(
         the_plan, table, x, extra, grad_y, None, grad_z, None, None, sums, None, True, True, activation,
@@ -330,7 +336,7 @@ def backward_apply(
         out: where to write it, in the memory layout of x; may be `grad` itself.
     """
     the_plan, grad = _plan_of(x, channel_dim), in_layout_of(x, grad)
-    grad_x = empty_in_huge_pages(x) if out is None else out
+    grad_x = _empty_like(x, the_plan) if out is None else out
     launch.run_backward(
         the_plan, table, x, None, grad, grad_x, None, None, None, None, coefficients, True, False, activation,
         "x",

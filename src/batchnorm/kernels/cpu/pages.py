@@ -8,7 +8,6 @@ import sys
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 _HUGE = 2 * 1024 * 1024
@@ -18,11 +17,10 @@ _HUGE = 2 * 1024 * 1024
 LARGE = 8 * 1024 * 1024
 
 
-def empty_in_huge_pages(x: Tensor) -> Tensor:
-    """As `torch.empty_like`; a large tensor is advised to be in huge pages where the system has them."""
-    y = torch.empty_like(x)
-    size = y.numel() * y.element_size()
-    if size >= LARGE and (madvise := _madvise()) is not None:
+def in_huge_pages(y: Tensor) -> Tensor:
+    """A tensor that is still to be written, advised to be in huge pages where the system has them."""
+    if (madvise := _madvise()) is not None:
+        size = y.numel() * y.element_size()
         start = -(-y.data_ptr() // _HUGE) * _HUGE
         end = (y.data_ptr() + size) // _HUGE * _HUGE
         madvise(start, end - start, mmap.MADV_HUGEPAGE)  # advice: where it is refused nothing changes

@@ -292,6 +292,7 @@ def forward(real: Real) -> Callable[[Any], None]:
             return
         width, wide, left_over, start, end = shape_of(raw, thread, team)
         block = rows_per_block(width)
+        # Backwards: the last blocks are still in the cache.
         while start < end:
             first = max(start, end - block)
             apply_block(raw, first, end - first, width, real)
@@ -443,6 +444,7 @@ def backward(real: Real) -> Callable[[Any], None]:
         if thread == team - 1 and left_over > 0:
             gradient_block(raw, wide, 1, left_over, real)
         block = rows_per_block(width)
+        # Backwards: the last blocks are still in the cache.
         while start < end:
             first = max(start, end - block)
             gradient_block(raw, first, end - first, width, real)
