@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,7 +112,8 @@ def test_noise_is_that_of_normal_values() -> None:
     assert samples.var(1).std().item() == pytest.approx(variance, rel=0.05)
 
 
-def test_the_layer_sends_what_the_model_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("group_of_one")
+def test_the_layer_sends_what_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
     all_reduce = dist.all_reduce
 
@@ -124,15 +124,10 @@ def test_the_layer_sends_what_the_model_says(monkeypatch: pytest.MonkeyPatch, tm
     # A group of one would not communicate: nothing to wait for, so it is told that it has company.
     monkeypatch.setattr(dist, "all_reduce", counted)
     monkeypatch.setattr(distributed, "group_of", lambda sync: dist.group.WORLD)
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        for channels in (1, 6, 64):
-            sent.clear()
-            x = torch.randn(4, channels, requires_grad=True)
-            bn.BatchNorm1d(channels, sync=True)(x).square().sum().backward()
-            # A ring of p processes sends 2 (p-1)/p of it; of 2 processes, exactly it.
-            assert len(sent) == ours([channels], 2).calls == 2
-            assert sum(sent) == ours([channels], 2).sent
-    finally:
-        dist.destroy_process_group()
+    for channels in (1, 6, 64):
+        sent.clear()
+        x = torch.randn(4, channels, requires_grad=True)
+        bn.BatchNorm1d(channels, sync=True)(x).square().sum().backward()
+        # A ring of p processes sends 2 (p-1)/p of it; of 2 processes, exactly it.
+        assert len(sent) == ours([channels], 2).calls == 2
+        assert sum(sent) == ours([channels], 2).sent

@@ -1065,16 +1065,13 @@ def test_autocast_gives_the_same_dtype(name: str) -> None:
         assert ours(x).dtype == model(x).dtype
 
 
+@pytest.mark.usefixtures("group_of_one")
 def test_under_distributed_data_parallel() -> None:
     model, inputs = build("resnet basic")
     ours = converted(model)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        parallel = nn.parallel.DistributedDataParallel(ours)
-        for net in (parallel, model):
-            net(*inputs).sin().sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    parallel = nn.parallel.DistributedDataParallel(ours)
+    for net in (parallel, model):
+        net(*inputs).sin().sum().backward()
     for a, b in zip(ours.parameters(), model.parameters(), strict=True):
         assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -286,24 +285,21 @@ def test_fx_and_export_take_a_frozen_model() -> None:
     assert_close(exported.module()(torch.ones(8, C, 2, 2)), model(torch.ones(8, C, 2, 2)))
 
 
+@pytest.mark.usefixtures("group_of_one")
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, bn.BatchNorm2d])
 def test_distributed_data_parallel(kind: type[nn.Module]) -> None:
     model = net(kind(C))
     model.append(nn.Conv2d(C, C, 1))
     freeze(model, affine=True)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        parallel = nn.parallel.DistributedDataParallel(model)
-        parallel.train()
-        before = state(model)
-        for _ in range(2):
-            parallel(batch_for(model[1][0])).sum().backward()
-        assert_close(state(model), before, rtol=0, atol=0)
-        unfreeze(parallel)
-        parallel(batch_for(model[1][0]))
-        assert model[1][0].num_batches_tracked == before["1.0.num_batches_tracked"] + 1
-    finally:
-        dist.destroy_process_group()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    parallel.train()
+    before = state(model)
+    for _ in range(2):
+        parallel(batch_for(model[1][0])).sum().backward()
+    assert_close(state(model), before, rtol=0, atol=0)
+    unfreeze(parallel)
+    parallel(batch_for(model[1][0]))
+    assert model[1][0].num_batches_tracked == before["1.0.num_batches_tracked"] + 1
 
 
 def test_other_layers_are_left_alone() -> None:

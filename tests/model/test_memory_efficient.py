@@ -624,22 +624,16 @@ def test_torch_compile(backend: str, whole: bool, built: list[Any]) -> None:
     assert len(built) == rebuilt
 
 
-def test_distributed_data_parallel(tmp_path: Path, built: list[Any]) -> None:
-    if not torch.distributed.is_available():
-        pytest.skip("torch without torch.distributed")
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = stack()
-        parallel = nn.parallel.DistributedDataParallel(bn.memory_efficient(copy.deepcopy(model)))
-        outside = bn.memory_efficient(nn.parallel.DistributedDataParallel(copy.deepcopy(model)))
-        for _ in range(2):
-            wanted = by_backward(model)
-            for m in (parallel, outside):
-                assert_same(by_backward(m), wanted)
-        assert len(built) == 2 * 2 * 2
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.usefixtures("group_of_one")
+def test_distributed_data_parallel(built: list[Any]) -> None:
+    model = stack()
+    parallel = nn.parallel.DistributedDataParallel(bn.memory_efficient(copy.deepcopy(model)))
+    outside = bn.memory_efficient(nn.parallel.DistributedDataParallel(copy.deepcopy(model)))
+    for _ in range(2):
+        wanted = by_backward(model)
+        for m in (parallel, outside):
+            assert_same(by_backward(m), wanted)
+    assert len(built) == 2 * 2 * 2
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

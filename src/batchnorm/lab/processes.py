@@ -153,10 +153,11 @@ def joined() -> Iterator[World]:
         ) from error
     try:
         yield world
+        # DistributedDataParallel holds the group, in a cycle. As the last to hold it, it would end gloo's
+        # threads without letting go of the GIL, for which one of them may be waiting (pytorch/pytorch#56297).
+        gc.collect()
         # Not after an error: it would wait for processes that are gone.
         dist.destroy_process_group()
-        # DistributedDataParallel holds the group, in a cycle. The group's threads end with it.
-        gc.collect()
     except BaseException:
         world.finish_in_peace()
         raise
