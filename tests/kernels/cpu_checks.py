@@ -19,11 +19,12 @@ CPU = [
 # Largest error as a share of the largest value, by dtype: some roundings of 6e-8 and 1e-16.
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13}
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-# Slabs, groups of channels, and rows.
+# Slabs, groups of channels, small samples, and rows.
 LAYOUTS = [
     ((4, 5, 200), False),
     ((6, 9, 7, 7), False),
     ((6, 12, 3, 3), False),  # on 1, 2 and 3 threads
+    ((70, 9, 2, 2), False),
     ((6, 9, 7, 7), True),
     ((40, 6), False),
 ]

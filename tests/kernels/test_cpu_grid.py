@@ -13,8 +13,11 @@ from batchnorm.kernels import choose, cpu
 from batchnorm.kernels.cpu import rows, slabs, team
 from batchnorm.kernels.cpu.plan import (
     _GROUP_COLUMNS,
+    _MANY_SAMPLES,
     _NEAR_BYTES,
     _SHORT_RUN,
+    _SMALL_SAMPLE,
+    _SMALL_SAMPLE_OF_SHORT_RUNS,
     _TILE_BYTES,
     _WIDE_ROW,
     plan,
@@ -198,11 +201,12 @@ def kind(x, channel_dim):
 
 B, G, W, T, M = slabs.BLOCK, _GROUP_COLUMNS, _WIDE_ROW, rows.TILE_COLUMNS, rows.MOST_ROWS
 RUN, TILE = _SHORT_RUN, _TILE_BYTES // 4
+N, S, SHORT = _MANY_SAMPLES, _SMALL_SAMPLE, _SMALL_SAMPLE_OF_SHORT_RUNS
 F, FR = slabs.FIRST, rows.FIRST_ROWS
 SHAPES = {
     "slabs": [
-        (1, 2, RUN + 1), (2, 2, RUN + 1), (3, 5, 521), (3, 7, 49), (64, 3, RUN + 1),
-        *[(B // 64 + d, 4, 64) for d in (-1, 0, 1)], *[(2, TILE // 64 + d, 64) for d in (-1, 0, 1)],
+        (1, 2, RUN + 1), (2, 2, RUN + 1), (3, 5, 521), (3, 7, 49), (63, 3, RUN + 1),
+        (N, 2, S // 2 + 1), (N - 1, 4, S // 4), *[(B // 64 + d, 5, 64) for d in (-1, 0, 1)], *[(2, TILE // 64 + d, 64) for d in (-1, 0, 1)],
         *[(2, 3, 2 * B + d) for d in (-1, 0, 1)],
         *[(1, 2, B + d) for d in (-1, 0, 1)], *[(3, 2, B + d) for d in (-1, 0, 1)],
         *[(2, 3, B // 2 + d) for d in (-1, 0, 1)], *[(B // 512 + d, 2, 512) for d in (-1, 0, 1)],
@@ -215,7 +219,7 @@ SHAPES = {
     "groups": [
         (1, 2, 2), (2, 2, 2), (1, 2, 3), (2, 3, 2), (3, 2, 3), (1, 3, RUN), (2, 2, RUN - 1), (3, 7, 47),
         *[(3, G // 2 + d, 2) for d in (-1, 0, 1)], *[(2, G // RUN + d, RUN) for d in (-1, 0, 1)],
-        *[(M + d, 2, 47) for d in (-1, 0, 1)], *[(rows.BLOCK // (43 * 47) + d, 43, 47) for d in (-1, 0, 1)],
+        (N - 1, 2, 2), (N, SHORT // 2 + 1, 2), *[(M + d, 23, 47) for d in (-1, 0, 1)], *[(rows.BLOCK // (43 * 47) + d, 43, 47) for d in (-1, 0, 1)],
         *[(F // 16 + d, 3, 16) for d in (-1, 0, 1)], (37, 211, 5), (4, 2 * G // 3 + 1, 3),
     ],
     "rows": [
@@ -228,6 +232,11 @@ SHAPES = {
         *[(FR + d, W + 1) for d in range(-4, 5)], (3 * FR + 1, W), (3 * FR + 1, W + 1),
         *[(n, W + 1) for n in range(2, 10)],  # quarters and halves of the rows, and those left over
         *[(W + d, 1) for d in (-1, 0, 1)], *[(2 * (W // 3) + d, 3) for d in (-1, 0, 1)],
+        # many small samples, of short runs and of others
+        (N, 2, 2), (N + 1, 3, 5), (N, 2, RUN + 1), (N + 3, 2, S // 2), (N, 4, 64), (5477, 3, 2),
+        *[(N, SHORT // positions, positions) for positions in (2, 3, RUN)],
+        *[(N + d, W // 4, 4) for d in range(3)], *[(8 * (W // 15) + d, 5, 3) for d in range(9)],
+        *[(M + d, SHORT // 4, 4) for d in (-1, 0, 1)], *[(3 * FR + d, 13, 10) for d in (-1, 0, 1)],
     ],
 }  # fmt: skip
 GRID = [(name, shape) for name, shapes in SHAPES.items() for shape in shapes]
@@ -244,6 +253,7 @@ def test_the_grid_knows_the_sizes():
     # Should they change, so must the grid.
     assert (B, G, W, T, RUN, rows.BLOCK, M) == (4096, 2048, 128, 2048, 48, 262144, 256)
     assert (F, FR, _NEAR_BYTES) == (512, 32, 32768)
+    assert (N, S, SHORT) == (64, 256, 1024)
     # Among them are runs for which loops are compiled either way.
     plans = [plan(x.shape, x.stride(), x.dtype, 1, 1) for x in map(torch.empty, SHAPES["slabs"])]
     for avx512 in (True, False):
@@ -293,7 +303,7 @@ def test_layouts(layout, dtype, training, formula):
 
 # ------------------------------------------------------------------------------- what is there and wanted
 
-SMALL = {"slabs": (3, 4, 263), "groups": (3, 4, 5), "rows": (37, 4)}
+SMALL = {"slabs": (3, 4, 263), "groups": (3, 4, 5), "rows": (37, 4), "rows of runs": (N, 4, 3)}
 SUBSETS = [s for k in range(5) for s in itertools.combinations(INPUTS, k)]
 
 
@@ -407,7 +417,8 @@ def test_a_layer_equals_torch_nn(shape):
 
 @pytest.mark.parametrize("step", [0.0, 1.0, 1.9, 2.1, 30.0, 1e4])
 @pytest.mark.parametrize(
-    ("name", "shape"), [("slabs", (300, 3, 64)), ("groups", (1200, 2, 31)), ("rows", (5000, 64))]
+    ("name", "shape"),
+    [("slabs", (300, 5, 64)), ("groups", (1200, 34, 31)), ("rows", (5000, 64)), ("rows", (1200, 2, 31))],
 )
 def test_a_mean_that_moves_from_block_to_block(name, shape, step):
     """A block is centred at the mean so far only where that is near its own."""

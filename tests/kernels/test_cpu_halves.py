@@ -79,6 +79,7 @@ LAYOUTS = {
     "slabs": ((4, 3, 9, 9), False),
     "groups": ((4, 9, 3, 3), False),
     "rows": ((9, 5), False),
+    "small samples": ((67, 5, 3), False),
     "channels_last": ((4, 5, 3, 3), True),
     "channels_last_3d": ((4, 5, 2, 3, 2), True),
 }

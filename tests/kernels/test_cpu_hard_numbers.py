@@ -28,7 +28,10 @@ def test_far_from_zero(shape, last, offset):
     )
 
 
-HARD = [((4, 3, 40, 40), False), ((16, 9, 7, 7), False), ((4, 5, 20, 20), True), ((50, 70), False)]
+HARD = [
+    ((4, 3, 40, 40), False), ((16, 9, 7, 7), False), ((70, 9, 2, 2), False), ((4, 5, 20, 20), True),
+    ((50, 70), False),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("shape", "last"), HARD)

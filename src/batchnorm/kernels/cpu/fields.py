@@ -19,9 +19,10 @@ X, Y, EXTRA, GRAD_Y, GRAD_X, GRAD_Z = _count(0, 6)
 WEIGHT, BIAS, RUNNING_MEAN, RUNNING_VAR, GRAD_WEIGHT, GRAD_BIAS = _count(6, 12)
 # Addresses of scratch memory, and of the compiled functions of `runs.py`.
 TABLE, WORK, SCRATCH, APPLY, REDUCE, REDUCE_ONE, GRADIENT = _count(12, 19)
-# (samples, channels, positions) of slabs; (rows, channels, channels side by side) of rows.
+# Positions are 1 where the channels are last.
 SAMPLES, CHANNELS, POSITIONS = _count(19, 22)
-# How many channels to work on at a time; into how many parts to cut samples and positions.
+# How many channels to work on at a time, or of rows, how many samples make one; into how many parts to cut
+# samples and positions.
 TILE, SAMPLE_PARTS, POSITION_PARTS = _count(22, 25)
 STATISTICS, BY_BATCH, STORED = _count(25, 28)
 # Address of the layer's num_batches_tracked.

@@ -27,7 +27,7 @@ from batchnorm.kernels.cpu.channel import (
     thread_num,
 )
 from batchnorm.kernels.cpu.memory import at, call, fields_of, pointer
-from batchnorm.kernels.cpu.rows import add_rows, rows_per_block, sum_centred_rows
+from batchnorm.kernels.cpu.rows import add_rows, fill, rows_per_block, sum_centred_rows
 from batchnorm.kernels.cpu.runs import loop
 from batchnorm.kernels.cpu.slabs import FIRST, exact_moments, total
 
@@ -48,13 +48,6 @@ def first_rows(raw, thread, real):
         own_row(raw, thread, f.SCALES, real),
         own_row(raw, thread, f.SHIFTS, real),
     )
-
-
-@loop
-def fill(values, n, value):
-    """Write a value n times."""
-    for i in range(n):
-        values[i] = value
 
 
 @loop

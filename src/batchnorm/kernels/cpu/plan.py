@@ -25,7 +25,12 @@ _TILE_BYTES = 96 * 1024
 # Threads that share out the channels and have no more than this of a sample each wait for each other's
 # memory, which the processor prefetches for both: they share out the samples instead.
 _NEAR_BYTES = 32 * 1024
-# Rows of fewer channels are taken several at a time.
+# So many samples of no more values are rows, too, with a column for each position of each channel: of any
+# runs, or of short ones.
+_MANY_SAMPLES = 64
+_SMALL_SAMPLE = 256
+_SMALL_SAMPLE_OF_SHORT_RUNS = 1024
+# Rows of fewer columns are taken several at a time.
 _WIDE_ROW = 128
 
 
@@ -47,8 +52,8 @@ class Plan:
     Attributes:
         kind: "slabs" (samples, channels, positions), "groups" (the same with short runs) or "rows".
         channels, count: how many there are, and values of each.
-        geometry: samples, channels and positions (for rows, how many make a wide row); then channels per
-            tile, parts of the samples, parts of the positions.
+        geometry: samples, channels and positions; then channels per tile (for rows, samples per wide row),
+            parts of the samples, parts of the positions.
         threads: size of the team.
         work: float64 numbers of scratch memory, forward and backward alike.
         typed: how many of them come before the numbers in the tensor's dtype.
@@ -73,7 +78,7 @@ class Plan:
         self.kind = kind
         self.dtype = dtype
         self.channels = shape[1]
-        self.count = shape[0] * (1 if kind == "rows" else shape[2])
+        self.count = shape[0] * shape[2]
         self.geometry = (*shape, *cut)
         self.threads = threads
         self.work = work
@@ -130,8 +135,8 @@ def plan(
     if layout is None:
         return None
     is_rows, samples, channels, positions = layout
-    if is_rows:
-        return _rows(samples, channels, dtype, threads)
+    if is_rows or _are_small(samples, channels, positions):
+        return _rows(samples, channels, positions, dtype, threads)
     sample_parts, position_parts = _parts(samples, channels, positions, threads, dtype)
     parts = sample_parts * position_parts
     if positions <= _SHORT_RUN and parts == 1:
@@ -148,19 +153,24 @@ def plan(
     )  # fmt: skip
 
 
-def _rows(rows: int, channels: int, dtype: torch.dtype, threads: int) -> Plan:
-    together = max(1, min(_WIDE_ROW // channels, rows))
-    columns = together * channels
+def _rows(samples: int, channels: int, positions: int, dtype: torch.dtype, threads: int) -> Plan:
+    together = max(1, min(_WIDE_ROW // (channels * positions), samples))
+    columns = together * channels * positions
     found = threads * (2 * columns + int(f.LINE))
     return Plan(
         "rows",
         dtype,
-        (rows, channels, together),
-        (1, 1, 1),
+        (samples, channels, positions),
+        (together, 1, 1),
         threads,
         found + columns * (6 + 3 * threads),
         found,
     )
+
+
+def _are_small(samples: int, channels: int, positions: int) -> bool:
+    most = _SMALL_SAMPLE_OF_SHORT_RUNS if positions <= _SHORT_RUN else _SMALL_SAMPLE
+    return samples >= _MANY_SAMPLES and channels * positions <= most
 
 
 def _parts(samples: int, channels: int, positions: int, threads: int, dtype: torch.dtype) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""CPU kernels for channels_last inputs and (N, C): rows of channels, a share of the rows for each thread.
+"""CPU kernels for channels_last inputs, (N, C) and many small samples: rows, a share of them for each thread.
 
 Narrow rows are taken several at a time as one wide row, in which each channel has several columns, so that
 vectors are full. The threads meet around a merge: what they found per column becomes statistics of channels,
@@ -29,6 +29,7 @@ from batchnorm.kernels.cpu.channel import (
 )
 from batchnorm.kernels.cpu.memory import add_to_first, add_to_second, at, call, fields_of, get, pointer, put
 from batchnorm.kernels.cpu.runs import loop
+from batchnorm.kernels.cpu.slabs import centred_sums, total
 
 # Columns worked on at a time, and values per block; no more rows, as float32 holds the sums of a block.
 TILE_COLUMNS = 2048
@@ -144,17 +145,29 @@ def exact_block_moments(x, rows, width, stride, count, means, m2s):
 def shape_of(raw, thread, team):
     """Columns of a wide row, wide rows, values left over, and the wide rows that are this thread's."""
     fields = fields_of(raw, np.int64)
-    width = fields[f.CHANNELS] * fields[f.POSITIONS]
-    wide = fields[f.SAMPLES] // fields[f.POSITIONS]
-    left_over = fields[f.SAMPLES] % fields[f.POSITIONS] * fields[f.CHANNELS]
-    return width, wide, left_over, wide * thread // team, wide * (thread + 1) // team
+    samples, together = fields[f.SAMPLES], fields[f.TILE]
+    wide, left_over = samples // together, samples % together * fields[f.CHANNELS] * fields[f.POSITIONS]
+    return width_of(raw), wide, left_over, wide * thread // team, wide * (thread + 1) // team
+
+
+@loop
+def width_of(raw):
+    """Columns of a wide row."""
+    fields = fields_of(raw, np.int64)
+    return fields[f.TILE] * fields[f.CHANNELS] * fields[f.POSITIONS]
+
+
+@loop
+def column_of(raw, j, c):
+    """The first column of channel c in sample j of a wide row; its other positions follow."""
+    fields = fields_of(raw, np.int64)
+    return (j * fields[f.CHANNELS] + c) * fields[f.POSITIONS]
 
 
 @loop
 def shared_row(raw, k, real):
     """Row k of the numbers per column that all threads read."""
-    fields = fields_of(raw, np.int64)
-    return at(tensor(raw, f.SCRATCH, real), k * fields[f.CHANNELS] * fields[f.POSITIONS])
+    return at(tensor(raw, f.SCRATCH, real), k * width_of(raw))
 
 
 @loop
@@ -166,9 +179,8 @@ def own_rows(raw, thread, real):
 @loop
 def found_by(raw, thread):
     """Two float64 numbers per column that this thread leaves for the merge, and two it keeps behind them."""
-    fields = fields_of(raw, np.int64)
-    width = fields[f.CHANNELS] * fields[f.POSITIONS]
-    first = at(pointer(fields[f.WORK], np.float64), (2 * width + f.LINE) * thread)
+    width = width_of(raw)
+    first = at(pointer(fields_of(raw, np.int64)[f.WORK], np.float64), (2 * width + f.LINE) * thread)
     return first, at(first, width)
 
 
@@ -182,9 +194,15 @@ def rows_per_block(width):
 def spread(raw, k, c, value, real):
     """Write the value of channel c into its columns of shared row k."""
     fields = fields_of(raw, np.int64)
-    row = shared_row(raw, k, real)
-    for j in range(fields[f.POSITIONS]):
-        row[j * fields[f.CHANNELS] + c] = real(value)
+    for j in range(fields[f.TILE]):
+        fill(at(shared_row(raw, k, real), column_of(raw, j, c)), fields[f.POSITIONS], real(value))
+
+
+@loop
+def fill(values, n, value):
+    """Write a value n times."""
+    for i in range(n):
+        values[i] = value
 
 
 @loop
@@ -192,8 +210,14 @@ def spread_table(raw, table, c0, c1, real):
     """Write mean, scale and shift of the channels c0:c1 into their columns of the shared rows."""
     fields = fields_of(raw, np.int64)
     means, scales, shifts = applied_statistics(raw, table)
-    for j in range(fields[f.POSITIONS]):
-        first = j * fields[f.CHANNELS] + c0
+    if fields[f.POSITIONS] > 1:
+        for c in range(c0, c1):
+            spread(raw, f.MEANS, c, means[c], real)
+            spread(raw, f.SCALES, c, scales[c], real)
+            spread(raw, f.SHIFTS, c, shifts[c], real)
+        return
+    for j in range(fields[f.TILE]):
+        first = column_of(raw, j, c0)
         convert(at(means, c0), at(shared_row(raw, f.MEANS, real), first), c1 - c0, real)
         convert(at(scales, c0), at(shared_row(raw, f.SCALES, real), first), c1 - c0, real)
         convert(at(shifts, c0), at(shared_row(raw, f.SHIFTS, real), first), c1 - c0, real)
@@ -232,30 +256,49 @@ def moments(raw, thread, team, real):
 def merge_found(raw, table, c0, c1, team, real):
     """The moments of the channels c0:c1 out of what the threads found, and of the values left over."""
     fields = fields_of(raw, np.int64)
-    channels, n = fields[f.CHANNELS], c1 - c0
+    channels, positions, n = fields[f.CHANNELS], fields[f.POSITIONS], c1 - c0
     means, m2s = at(table, f.MEAN * channels + c0), at(table, f.M2 * channels + c0)
     count = 0
     for thread in range(team):
         _, _, _, start, end = shape_of(raw, thread, team)
         found_means, found_m2s = found_by(raw, thread)
         if end > start:
-            for j in range(fields[f.POSITIONS]):
-                i = j * channels + c0
-                merge_side_by_side(means, m2s, n, count, end - start, at(found_means, i), at(found_m2s, i))
-                count += end - start
+            for j in range(fields[f.TILE]):
+                i = column_of(raw, j, c0)
+                if positions == 1:
+                    merge_side_by_side(
+                        means, m2s, n, count, end - start, at(found_means, i), at(found_m2s, i)
+                    )
+                else:
+                    merge_columns(
+                        means, m2s, n, positions, count, end - start, at(found_means, i), at(found_m2s, i)
+                    )
+                count += (end - start) * positions
     width, wide, left_over, _, _ = shape_of(raw, 0, team)
-    for j in range(left_over // channels):
-        values = at(tensor(raw, f.X, real), wide * width + j * channels + c0)
+    for j in range(left_over // (channels * positions)):
+        values = at(tensor(raw, f.X, real), wide * width + column_of(raw, j, c0))
         for c in range(n):
-            merge(means, m2s, c, count, 1, np.float64(values[c]), 0.0 * values[c])
-        count += 1
+            for p in range(positions):
+                value = values[c * positions + p]
+                merge(means, m2s, c, count + p, 1, np.float64(value), 0.0 * value)
+        count += positions
+
+
+@loop
+def merge_columns(means, m2s, n, positions, count, rows, found_means, found_m2s):
+    """`merge` for n channels next to each other, of each a column of so many rows for every position."""
+    for c in range(n):
+        of_columns = at(found_means, c * positions)
+        mean = total(of_columns, positions, 0.0) / positions
+        between = centred_sums(of_columns, positions, mean, 0.0)[1]
+        within = total(at(found_m2s, c * positions), positions, 0.0)
+        merge(means, m2s, c, count, rows * positions, mean, within + rows * between)
 
 
 @loop
 def apply_block(raw, start, rows, columns, real):
     """Write y for some wide rows."""
-    fields = fields_of(raw, np.int64)
-    width = fields[f.CHANNELS] * fields[f.POSITIONS]
+    fields, width = fields_of(raw, np.int64), width_of(raw)
     x, residual, y = tensor(raw, f.X, real), tensor(raw, f.EXTRA, real), tensor(raw, f.Y, real)
     i = 0
     while i < columns:
@@ -328,8 +371,7 @@ def exact_sums(raw, thread, start, rows, width, c, real):
 @loop
 def reduce_block(raw, thread, start, rows, columns, real):
     """Add the sums of some wide rows to what this thread has found."""
-    fields = fields_of(raw, np.int64)
-    width = fields[f.CHANNELS] * fields[f.POSITIONS]
+    fields, width = fields_of(raw, np.int64), width_of(raw)
     grad_y, x = tensor(raw, f.GRAD_Y, real), tensor(raw, f.X, real)
     extra, grad_z = tensor(raw, f.EXTRA, real), tensor(raw, f.GRAD_Z, real)
     firsts, seconds = found_by(raw, thread)
@@ -356,7 +398,7 @@ def reduce_block(raw, thread, start, rows, columns, real):
                 firsts[i + k] += first[k]
                 seconds[i + k] += second[k]
             else:
-                c = (i + k) % fields[f.CHANNELS]
+                c = (i + k) // fields[f.POSITIONS] % fields[f.CHANNELS]
                 first_sum, second_sum = exact_sums(raw, thread, at_block + k, rows, width, c, real)
                 firsts[i + k] += first_sum
                 seconds[i + k] += second_sum
@@ -387,9 +429,10 @@ def finish(raw, table, c, team, real):
     first, second = 0.0, 0.0
     for thread in range(team):
         firsts, seconds = found_by(raw, thread)
-        for j in range(fields[f.POSITIONS]):
-            first += firsts[j * fields[f.CHANNELS] + c]
-            second += seconds[j * fields[f.CHANNELS] + c]
+        for j in range(fields[f.TILE]):
+            i = column_of(raw, j, c)
+            first += total(at(firsts, i), fields[f.POSITIONS], 0.0)
+            second += total(at(seconds, i), fields[f.POSITIONS], 0.0)
     by_grad, by_x, constant = finish_gradient(raw, table, c, first, second, real)
     spread(raw, f.BY_GRAD, c, by_grad, real)
     spread(raw, f.BY_X, c, by_x, real)
@@ -399,8 +442,7 @@ def finish(raw, table, c, team, real):
 @loop
 def gradient_block(raw, start, rows, columns, real):
     """Write the gradient of x for some wide rows."""
-    fields = fields_of(raw, np.int64)
-    width = fields[f.CHANNELS] * fields[f.POSITIONS]
+    fields, width = fields_of(raw, np.int64), width_of(raw)
     x, extra, grad_x = (
         tensor(raw, f.X, real),
         tensor(raw, f.EXTRA, real),
