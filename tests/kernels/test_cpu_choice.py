@@ -75,24 +75,28 @@ def test_variances_of_rows_far_from_zero(monkeypatch, shape):
 
 def test_the_choice_by_size(monkeypatch):
     monkeypatch.undo()
-    fused = {"activation": "relu"}
+    fused, gelu = {"activation": "relu"}, {"activation": "gelu"}
 
-    def chosen(values, channels_last=False, **options):
-        x = torch.randn(values // 64, 1, 8, 8).expand(-1, 2, -1, -1).contiguous()[: values // 128]
+    def chosen(values, channels_last=False, positions=64, **options):
+        x = torch.randn(values // (2 * positions), 2, positions, 1)
         x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
         assert x.numel() == values
         return choose(x, 1, **options)
 
-    assert chosen(32768) is chosen(4096, **fused) is chosen(4096, True, **fused) is cpu
-    assert chosen(32768, True) is chosen(4194304, True) is choose(torch.randn(64, 512), 1) is cpu
-    assert chosen(32640) is chosen(32640, True) is chosen(3968, **fused) is native
-    assert chosen(524288, training=False) is chosen(32768, training=False, **fused) is cpu
-    assert chosen(524160, True, training=False) is chosen(32640, training=False, **fused) is native
+    assert chosen(32768) is chosen(32768, **fused) is chosen(32768, True, **fused) is cpu
+    assert chosen(65536, True) is chosen(4194304, True) is choose(torch.randn(128, 512), 1) is cpu
+    assert chosen(32640) is chosen(65408, True) is chosen(32640, **fused) is native
+    assert chosen(8192, positions=4) is cpu
+    assert chosen(8192, positions=8) is chosen(8184, positions=4) is native
+    assert chosen(524288, training=False) is chosen(131072, training=False, **fused) is cpu
+    assert chosen(524160, True, training=False) is chosen(130944, training=False, **fused) is native
     with torch.no_grad():
         assert chosen(4096) is cpu
         assert chosen(3968) is native
-        assert chosen(16384, training=False, **fused) is chosen(131072, True, training=False) is cpu
-        assert chosen(16256, training=False, **fused) is chosen(1048576, training=False) is native
+        assert chosen(65536, training=False, **fused) is chosen(65536, True, training=False) is cpu
+        assert chosen(65408, training=False, **fused) is chosen(1048576, training=False) is native
+        assert chosen(4194304, training=False, **gelu) is chosen(4096, **gelu) is cpu
+        assert chosen(4194176, training=False, **gelu) is native
 
 
 def test_under_transforms_and_compilers():
