@@ -86,7 +86,7 @@ def by_chance(chance: random.Random) -> Case:
         shape,
         chance.choice([torch.float32] * 3 + [torch.float64]),
         spatial == 2 and chance.random() < 0.4,
-        chance.choice([None, *ACTIVATIONS]),
+        chance.choice([None, *ACTIVATIONS]),  # twice as often none as any other
         chance.random() < 0.25,
         chance.random() < 0.75,
         chance.random() < 0.75,

@@ -53,8 +53,10 @@ def supports(
 ) -> bool:
     """Whether the kernels take these tensors where this code is running, and are worth calling."""
     dtype, channels = x.dtype, x.shape[channel_dim]
-    rebuilt = recipes.is_recording() and torch.is_grad_enabled()
-    if not rebuilt and not pays(x, channel_dim, training, activation, residual is not None):
+    if not (
+        pays(x, channel_dim, training, activation, residual is not None)
+        or (recipes.is_recording() and torch.is_grad_enabled())
+    ):
         return False
     if dtype not in DTYPES or not x.is_cpu or not are_plain(x, residual, *parameters):
         return False

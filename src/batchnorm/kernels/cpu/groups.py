@@ -26,8 +26,9 @@ from batchnorm.kernels.cpu.channel import (
     tensor,
     thread_num,
 )
+from batchnorm.kernels.cpu.columns import add_rows, fill, sum_centred_rows
 from batchnorm.kernels.cpu.memory import at, call, fields_of, pointer
-from batchnorm.kernels.cpu.rows import add_rows, fill, rows_per_block, sum_centred_rows
+from batchnorm.kernels.cpu.rows import rows_per_block
 from batchnorm.kernels.cpu.runs import loop
 from batchnorm.kernels.cpu.slabs import FIRST, exact_moments, total
 
