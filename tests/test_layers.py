@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import batchnorm as bn
+from batchnorm.lab.memory import allocated_kib
 from tests.activations import ACTIVATIONS
 
 # Tolerance of a comparison with torch.nn, as (rtol, atol), by the dtype that is compared.
@@ -1119,11 +1119,10 @@ def test_memory_is_flat_over_a_thousand_steps(options: dict[str, Any]) -> None:
             optimizer.step()
 
     steps(200)
-    process = psutil.Process()
-    tensors, before = tensors_alive(), process.memory_info().rss
+    tensors, before = tensors_alive(), allocated_kib()
     steps(1000)
     assert tensors_alive() <= tensors  # fewer, when what an earlier test left is collected meanwhile
-    assert process.memory_info().rss - before < 8e6
+    assert allocated_kib() - before < 4000
 
 
 # ---------------------------------------------------------------------------- buffers overwritten by others

@@ -1,4 +1,4 @@
-"""Memory that a norm gains from step to step: resident memory, and nodes of autograd graphs kept alive."""
+"""Memory that a norm gains from step to step: bytes allocated, and nodes of autograd graphs kept alive."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WARM_UP = 30
 
 @dataclass(frozen=True)
 class MemoryGrowth:
-    """Growth per 100 steps: resident KiB while training, resident KiB while testing in training mode
+    """Growth per 100 steps: KiB of memory while training, KiB while testing in training mode
     (forwards that no backward follows), and graph nodes kept alive while training."""
 
     train_kib: float
@@ -64,14 +64,27 @@ def count_graph_nodes(module: nn.Module) -> int:
     return len(seen)
 
 
+def allocated_kib() -> float:
+    """Memory that this process has allocated; where the C library does not say, what is resident of it."""
+    gc.collect()
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    mallinfo2 = getattr(libc, "mallinfo2", None)  # glibc 2.33 and newer
+    if mallinfo2 is None:
+        return psutil.Process().memory_info().rss / 1024
+    # Resident memory would not show a leak that fits what the process has freed before and not given back.
+    mallinfo2.restype = _MallocInfo
+    allocated = mallinfo2()
+    return (allocated.uordblks + allocated.hblkhd) / 1024
+
+
 def _growth(step: Callable[[], None], model: nn.Module, steps: int) -> tuple[float, float]:
     for _ in range(_WARM_UP):
         step()
-    memory, nodes = _resident_kib(), count_graph_nodes(model)
+    memory, nodes = allocated_kib(), count_graph_nodes(model)
     for _ in range(steps):
         step()
     per_100 = 100 / steps
-    return (_resident_kib() - memory) * per_100, (count_graph_nodes(model) - nodes) * per_100
+    return (allocated_kib() - memory) * per_100, (count_graph_nodes(model) - nodes) * per_100
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:
@@ -79,11 +92,6 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def _resident_kib() -> float:
-    gc.collect()
-    # glibc keeps freed memory to itself; without giving it back first, readings wander by megabytes.
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-    return psutil.Process().memory_info().rss / 1024
+class _MallocInfo(ctypes.Structure):
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
