@@ -35,7 +35,7 @@ def small_function(name):
 
         from batchnorm.kernels.cpu import runs
 
-        return runs.apply_runs(np.float32, None, False)
+        return runs.apply_runs(np.float32, None, False, False)
 
     return machine_code.load(name, build, {})
 

@@ -30,12 +30,15 @@ def dirty_memory(monkeypatch):
     """A function that fills all memory which kernels are to write before they read it, from now on."""
     makers = {name: getattr(torch, name) for name in ("empty", "empty_like")}
 
+    def dirty(made, value):
+        return made.fill_(value if made.is_floating_point() else -bool(value))
+
     def fill(value):
         launch._work_memory(100_000)
         launch._scratch.memory.fill_(value)
         for name, make in makers.items():
             monkeypatch.setattr(
-                torch, name, lambda *of, _make=make, **options: _make(*of, **options).fill_(value)
+                torch, name, lambda *of, _make=make, **options: dirty(_make(*of, **options), value)
             )
 
     return fill

@@ -15,30 +15,45 @@ pytestmark = CPU
 NAMES = [None, *(name for name in ACTIVATIONS if name != "softplus")]
 # With what makes each the largest, as large ones are where LLVM gives up.
 LOOPS = {
-    "apply": (True,),
-    "reduce": (runs.FROM_RESIDUAL, True),
-    "gradient": (runs.FROM_X, True),
+    "apply_runs": (True, False),
+    "apply_rows": (True,),
+    "reduce_runs": (runs.FROM_RESIDUAL, True),
+    "reduce_rows": (runs.FROM_RESIDUAL, True),
+    "gradient_runs": (runs.FROM_X, True),
+    "gradient_rows": (runs.FROM_X, True),
+}
+WITH_BITS = {
+    "apply_runs": (True, True),
+    "reduce_runs": (runs.FROM_BITS, True),
+    "gradient_runs": (runs.FROM_BITS, True),
 }
 
 
-def module_of(loop, shape, real, name, avx512):
-    build = getattr(runs, f"{loop}_{shape}")
-    return machine_code.optimised(*build(real, name, *LOOPS[loop]), True, avx512)
+def module_of(loop, options, real, name, avx512):
+    return machine_code.optimised(*getattr(runs, loop)(real, name, *options), True, avx512)
 
 
 @pytest.mark.parametrize("real", [np.float32, np.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", NAMES, ids=str)
 def test_loops_are_vectors(name, real):
-    for loop in LOOPS:
-        for shape in ("runs", "rows"):
-            assert "vector.body:" in str(module_of(loop, shape, real, name, name in COSTLY)), (loop, shape)
+    for loop, options in LOOPS.items():
+        assert "vector.body:" in str(module_of(loop, options, real, name, name in COSTLY)), loop
+
+
+@pytest.mark.parametrize("real", [np.float32, np.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu"])
+def test_loops_over_whole_words_are_vectors_too(name, real):
+    for loop, options in WITH_BITS.items():
+        blocks = re.split(r"\n(?=\S+:)", str(module_of(loop, options, real, name, False)))
+        # Over whole words and over the rest; sums once more in float64.
+        assert sum("store <" in block for block in blocks) >= (4 if loop == "reduce_runs" else 2), loop
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in COSTLY], ids=str)
-@pytest.mark.parametrize("loop", ["reduce", "gradient"])
+@pytest.mark.parametrize("loop", ["reduce_runs", "gradient_runs"])
 def test_no_load_waits_for_another(name, loop):
     def waiting_loads(avx512):
-        module = module_of(loop, "runs", np.float32, name, avx512)
+        module = module_of(loop, LOOPS[loop], np.float32, name, avx512)
         code = machine_code.target_machine(avx512).emit_assembly(module)
         return re.findall(r"\n.*\(%r.*\{%k\d\}.*", code)
 

@@ -31,11 +31,13 @@ class Call(ABC):
     Attributes:
         by_batch: normalise by the moments of the batch, whose gradients count then, or by given statistics.
         slope_from: what tells the slope of the activation: z computed from "x", that and the "residual",
-            or the "output".
+            the "output", or "bits" that the forward leaves.
+        bits: those, until autograd has them.
     """
 
     __slots__ = (
-        "activation", "bias", "by_batch", "channel_dim", "eps", "slope_from", "unfused", "versions", "weight",
+        "activation", "bias", "bits", "by_batch", "channel_dim", "eps", "slope_from", "unfused", "versions",
+        "weight",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +55,7 @@ class Call(ABC):
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.versions: tuple[int, int] = (0, 0)
+        self.bits: Tensor | None = None
 
     @abstractmethod
     def forward(
@@ -73,6 +76,10 @@ class Call(ABC):
     @abstractmethod
     def mean_and_invstd(self) -> tuple[Tensor, Tensor]:
         """What `forward` has normalised by, per channel."""
+
+    def with_slope_of_output(self, x: Tensor, extra: Tensor) -> Tensor:
+        """A new tensor at which the slope of the activation is that at the output; of `extra`, as x."""
+        return extra.detach()
 
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """The output, with a graph where gradients are wanted."""
@@ -112,9 +119,9 @@ class Call(ABC):
             invstd = invstd.to(reference.statistics_dtype(x))
             scale = invstd if weight is None else invstd * weight
             z = reference.apply(x, mean, scale, bias, (self.channel_dim,))
-        if self.slope_from == "output":
+        if self.slope_from in {"output", "bits"}:
             # Piecewise linear: its slope at the output is that at z, and has no derivative of its own.
-            at_output = extra.detach().requires_grad_()  # type: ignore[union-attr]
+            at_output = self.with_slope_of_output(x, extra).requires_grad_()  # type: ignore[arg-type]
             y = reference.finish(at_output, self.activation, None)
             (grad_y,) = torch.autograd.grad(y, at_output, grad_y, create_graph=create_graph)
             y = z
@@ -152,7 +159,9 @@ class _Normalise(torch.autograd.Function):
         if call.slope_from == "x":
             ctx.save_for_backward(x)
         else:
-            ctx.save_for_backward(x, y if call.slope_from == "output" else residual)
+            extra = {"output": y, "residual": residual, "bits": call.bits}[call.slope_from]
+            ctx.save_for_backward(x, extra)
+            call.bits = None
         return y
 
     @staticmethod

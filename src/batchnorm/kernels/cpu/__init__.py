@@ -92,7 +92,7 @@ def _work() -> bool:
     if not team.available():
         return False
     try:
-        function("apply", "runs", torch.float32, None, False)
+        function("apply", "runs", torch.float32, None, False, False)
     except Exception as error:  # whatever is wrong with the compiler, torch's own kernels do the work
         warnings.warn(
             f"batchnorm's CPU kernels cannot be compiled, torch's own do: {type(error).__name__}: {error}",
@@ -195,20 +195,33 @@ class _Call(Call):
         self.table = torch.empty_like(the_plan.table)
         # Addresses of the running mean, variance and counter, and the momentum.
         self.running = (0, 0, 0, 0.0)
+        if self.slope_from == "output" and the_plan.words and torch.is_grad_enabled():
+            self.slope_from = "bits"
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         y = _empty_like(x, self.plan)
+        if self.slope_from == "bits":
+            self.bits = torch.empty(self.plan.words, dtype=torch.int32)
         launch.run_forward(
             self.plan, self.table, x, y, residual, self.statistics, self.plan.count, weight, bias,
-            self.running, self.eps, self.activation,
+            self.running, self.eps, self.activation, self.bits,
         )  # fmt: skip
         return y
 
     def prepare_again(self) -> None:
         """Let `forward` normalise by the table that it has left, and move nothing."""
-        self.statistics, self.running = f.OF_TABLE, (0, 0, 0, 0.0)
+        self.statistics, self.running, self.slope_from = f.OF_TABLE, (0, 0, 0, 0.0), "x"
+
+    def with_slope_of_output(self, x: Tensor, extra: Tensor) -> Tensor:
+        """The output, or 1 where its bit is set, else -1."""
+        if self.slope_from != "bits":
+            return super().with_slope_of_output(x, extra)
+        samples, channels, positions, *_ = self.plan.geometry
+        places = torch.arange(f.WORD, dtype=torch.int32)
+        bits = (extra.view(samples, channels, -1, 1) >> places & 1).flatten(2)[..., :positions]
+        return (bits * 2 - 1).to(x.dtype).reshape(x.shape)
 
     def mean_and_invstd(self) -> tuple[Tensor, Tensor]:
         """What `forward` has normalised by, per channel."""

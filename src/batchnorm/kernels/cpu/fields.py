@@ -29,10 +29,12 @@ STATISTICS, BY_BATCH, STORED = _count(25, 28)
 NUM_BATCHES = np.int64(28)
 # Addresses of two numbers per channel: sums to leave; coefficients to take, instead of those by the sums.
 SUMS, COEFFICIENTS = _count(29, 31)
+# Address of the slope's bits: see `runs.FROM_BITS`.
+BITS = np.int64(31)
 # Of all the values in the statistics, some of which other processes may have, per channel.
-COUNT, EPS, MOMENTUM = _count(31, 34)
+COUNT, EPS, MOMENTUM = _count(32, 35)
 
-FORMAT = "31q3d"
+FORMAT = "32q3d"
 
 # What STATISTICS says to normalise by: OF_MOMENTS is by those in the table. Kernels only compare with these,
 # and every call packs one: Python's integers, which is faster.
@@ -48,3 +50,6 @@ COLUMN_ROWS = 6
 
 # Float64 numbers in a cache line: vectors that lie across two are read and written at half the speed.
 LINE = np.int64(8)
+
+# Values whose bits are one word. Each run begins with a word of its own.
+WORD = 32

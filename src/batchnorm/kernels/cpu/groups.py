@@ -152,7 +152,8 @@ def exact_sums(raw, table, sums, c, real):
             (
                 at(tensor(raw, f.GRAD_Y, real), run), at(tensor(raw, f.X, real), run),
                 at(tensor(raw, f.EXTRA, real), run), at(tensor(raw, f.GRAD_Z, real), run),
-                1, positions, positions, at(means, c), at(scales, c), at(shifts, c), sums,
+                pointer(0, np.int32), 1, positions, 0, positions,
+                at(means, c), at(scales, c), at(shifts, c), sums,
             ),
         )  # fmt: skip
 

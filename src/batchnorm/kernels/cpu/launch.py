@@ -28,16 +28,19 @@ def run_forward(
     running: tuple[int, int, int, float] = (0, 0, 0, 0.0),
     eps: float = 1.0,
     activation: str | None = None,
+    bits: Tensor | None = None,
 ) -> None:
     """The statistics into the table, and into y, where it is wanted, the output by them."""
-    kernel, applied = plan.forward[None if y is None else (activation, residual is not None)]
+    kernel, applied = plan.forward[
+        None if y is None else (activation, residual is not None, bits is not None)
+    ]
     work = _work_memory(plan.work)
     mean, var, counter, momentum = running
     fields = _pack(
         x.data_ptr(), _address(y), _address(residual), 0, 0, 0,
         _address(weight), _address(bias), mean, var, 0, 0,
         table.data_ptr(), work, work + 8 * plan.typed, applied, 0, 0, 0,
-        *plan.geometry, statistics, 0, 0, counter, 0, 0, count, eps, momentum,
+        *plan.geometry, statistics, 0, 0, counter, 0, 0, _address(bits), count, eps, momentum,
     )  # fmt: skip
     team.runner()(kernel, fields, plan.threads, 0)
 
@@ -65,11 +68,12 @@ def run_backward(
         activation, slope_from, stored, by_batch, reduces, grad_x is not None
     ]
     work = _work_memory(plan.work)
+    bits, extra = (extra, None) if slope_from == "bits" else (None, extra)
     fields = _pack(
         x.data_ptr(), 0, _address(extra), grad_y.data_ptr(), _address(grad_x), _address(grad_z),
         0, 0, 0, 0, _address(grad_weight), _address(grad_bias),
         table.data_ptr(), work, work + 8 * plan.typed, 0, reduction, one_run, gradient,
-        *plan.geometry, 0, by_batch, stored, 0, _address(sums), _address(coefficients),
+        *plan.geometry, 0, by_batch, stored, 0, _address(sums), _address(coefficients), _address(bits),
         plan.count, 0.0, 0.0,
     )  # fmt: skip
     team.runner()(kernel, fields, plan.threads, 0)

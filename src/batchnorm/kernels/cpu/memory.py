@@ -83,6 +83,29 @@ def put(typing_context: Any, start: Any, i: Any, value: Any) -> Any:
     return types.void(start, types.int64, start.dtype), codegen
 
 
+@intrinsic
+def with_bit(typing_context: Any, word: Any, j: Any, condition: Any) -> Any:
+    """The word of 32 bits with bit j set where the condition holds."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word, j, condition = arguments
+        bit = builder.shl(builder.zext(condition, word.type), builder.trunc(j, word.type))
+        return builder.or_(word, bit)
+
+    return types.int32(types.int32, types.int64, types.boolean), codegen
+
+
+@intrinsic
+def has_bit(typing_context: Any, word: Any, j: Any) -> Any:
+    """Whether bit j of the word is set."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word, j = arguments
+        return builder.trunc(builder.lshr(word, builder.trunc(j, word.type)), ir.IntType(1))
+
+    return types.boolean(types.int32, types.int64), codegen
+
+
 def _adder(name: str) -> Any:
     @intrinsic
     def add_to(typing_context: Any, start: Any, i: Any, value: Any) -> Any:

@@ -59,9 +59,10 @@ class Plan:
         typed: how many of them come before the numbers in the tensor's dtype.
         is_large: whether an output had better be in huge pages.
         forward: addresses of the forward kernel and of the function it applies, by
-            (activation, has_residual); without the latter, by None, it stops at the statistics.
+            (activation, has_residual, leaves_bits); without the latter, by None, it stops at the statistics.
         backward: addresses of the backward kernel and its functions, for sums, sums run by run and gradients,
             by (activation, slope_from, stored, by_batch, reduces, wants_x).
+        words: of bits that tell the slope, see `runs.FROM_BITS`; 0 where the layout has none.
         table, parameter: without memory; to make a tensor like another takes half as long as by its shape.
     """
 
@@ -85,12 +86,18 @@ class Plan:
         self.typed = typed
         self.table = torch.empty((), dtype=torch.float64).expand(int(f.TABLE_ROWS), shape[1])
         self.parameter = torch.empty((), dtype=dtype).expand(shape[1])
+        has_bits = kind == "slabs" and cut[2] == 1
+        self.words = shape[0] * shape[1] * -(-shape[2] // f.WORD) if has_bits else 0
         self.is_large = self.count * self.channels * dtype.itemsize >= LARGE
         self.forward = _Loaded(self._load_forward)
         self.backward = _Loaded(self._load_backward)
 
-    def _load_forward(self, key: tuple[str | None, bool] | None) -> tuple[int, ...]:
-        applied = 0 if key is None else self._function("apply", *key)
+    def _load_forward(self, key: tuple[str | None, bool, bool] | None) -> tuple[int, ...]:
+        if key is None:
+            return self._kernel("forward"), 0
+        activation, has_residual, leaves_bits = key
+        options = (has_residual, leaves_bits) if self.kind == "slabs" else (has_residual,)
+        applied = self._function("apply", activation, *options)
         return self._kernel("forward"), applied
 
     def _load_backward(self, key: tuple[str | None, str, bool, bool, bool, bool]) -> tuple[int, ...]:

@@ -237,7 +237,7 @@ def exact_sums(raw, thread, start, rows, width, c, real):
         call(
             fields[f.REDUCE_ONE],
             (
-                at(grad_y, k), at(x, k), at(extra, k), at(grad_z, k), 1, 1, 1,
+                at(grad_y, k), at(x, k), at(extra, k), at(grad_z, k), pointer(0, np.int32), 1, 1, 0, 1,
                 at(means, c), at(scales, c), at(shifts, c), sums,
             ),
         )  # fmt: skip

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from batchnorm.kernels.cpu.activations import Real, gradient_of, value_of
-from batchnorm.kernels.cpu.memory import add_to_first, add_to_second, at, get, put
+from batchnorm.kernels.cpu.activations import Real, gradient_of, select, value_of
+from batchnorm.kernels.cpu.fields import WORD
+from batchnorm.kernels.cpu.memory import add_to_first, add_to_second, at, get, has_bit, put, with_bit
 
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 loop = njit(fastmath={"contract", "nsz"}, **_OPTIONS)
@@ -25,28 +26,52 @@ reduction = njit(fastmath={"contract", "nsz", "reassoc"}, **_OPTIONS)
 # Values per block of a run: 16 KiB of float32, half of a first-level cache.
 BLOCK = 4096
 
-# What tells the slope: z computed from x, or with the residual added, or the output y.
-FROM_X, FROM_RESIDUAL, FROM_OUTPUT = "x", "residual", "output"
+# What tells the slope: z computed from x, or with the residual added, or the output y, or, in runs, a bit for
+# each value, set where the slope is 1. Each run begins with a word of its own.
+FROM_X, FROM_RESIDUAL, FROM_OUTPUT, FROM_BITS = "x", "residual", "output", "bits"
+
+# Loops over bits take whole words apart from the rest, so that the compiler sees how long they are: with one
+# loop for both, a step takes a tenth longer.
 
 
-def apply_runs(real: Real, name: str | None, has_residual: bool) -> tuple[Any, Callable[..., None]]:
+def apply_runs(
+    real: Real, name: str | None, has_residual: bool, leaves_bits: bool
+) -> tuple[Any, Callable[..., None]]:
     """`y = activation((x - mean) * scale + shift + residual)` for runs of `size`, one per channel.
 
-    They are `stride` apart; statistics are float64, per channel. A call for each run would take as long as a
-    short run itself.
+    They are `stride` apart, and their bits `words`; statistics are float64, per channel. A call for each run
+    would take as long as a short run itself.
     """
-    value = value_of(name, real)
+    value, gradient = value_of(name, real), gradient_of(name, real)
+    one = real(1)
 
-    def apply(x, residual, y, channels, stride, size, means, scales, shifts):
+    @loop
+    def apply_some(x, residual, y, k, size, mean, scale, shift):
+        word = np.int32(0)
+        for i in range(size):
+            z = (get(x, k + i) - mean) * scale + shift
+            output = value(z + get(residual, k + i) if has_residual else z)
+            put(y, k + i, output)
+            if leaves_bits:
+                # Where these activations bend, y and z are on the same side.
+                word = with_bit(word, i, gradient(one, output) == one)
+        return word
+
+    def apply(x, residual, y, bits, channels, stride, words, size, means, scales, shifts):
         for c in range(channels):
-            mean, scale, shift = real(means[c]), real(scales[c]), real(shifts[c])
-            a = c * stride
-            for i in range(size):
-                z = (get(x, a + i) - mean) * scale + shift
-                put(y, a + i, value(z + get(residual, a + i) if has_residual else z))
+            of_channel = real(means[c]), real(scales[c]), real(shifts[c])
+            a, w = c * stride, c * words
+            if not leaves_bits:
+                apply_some(x, residual, y, a, size, *of_channel)
+                continue
+            whole, rest = size // WORD, size % WORD
+            for i in range(whole):
+                put(bits, w + i, apply_some(x, residual, y, a + i * WORD, WORD, *of_channel))
+            if rest > 0:
+                put(bits, w + whole, apply_some(x, residual, y, a + whole * WORD, rest, *of_channel))
 
-    values, doubles = _types(real)
-    signature = types.void(values, values, values, *[types.int64] * 3, *[doubles] * 3)
+    values, doubles, bits = _types(real)
+    signature = types.void(values, values, values, bits, *[types.int64] * 4, *[doubles] * 3)
     return signature, loop(apply)
 
 
@@ -55,28 +80,49 @@ def reduce_runs(
 ) -> tuple[Any, Callable[..., None]]:
     """Adds each run's `sum(grad_z)` and `sum(grad_z * (x - mean))` to `sums`; with `store`, writes grad_z."""
     differentiate = _differentiate(real, name, slope_from)
+    has_bits = slope_from == FROM_BITS
 
     @reduction
-    def sums_of(grad_y, x, extra, grad_z, size, mean, scale, shift, zero):
+    def sums_of_some(grad_y, x, extra, grad_z, k, size, word, mean, scale, shift, zero):
         first = zero
         second = zero
         for i in range(size):
-            centred = get(x, i) - mean
-            grad = differentiate(get(grad_y, i), centred * scale + shift, extra, i)
+            centred = get(x, k + i) - mean
+            grad = differentiate(get(grad_y, k + i), centred * scale + shift, extra, k + i, word, i)
             if store:
-                put(grad_z, i, grad)
+                put(grad_z, k + i, grad)
             first += grad
             second += grad * (centred + zero)
         return first, second
 
-    def reduce(grad_y, x, extra, grad_z, channels, stride, size, means, scales, shifts, sums):
+    @reduction
+    def sums_of(grad_y, x, extra, grad_z, bits, size, mean, scale, shift, zero):
+        if not has_bits:
+            return sums_of_some(grad_y, x, extra, grad_z, 0, size, np.int32(0), mean, scale, shift, zero)
+        first = zero
+        second = zero
+        whole, rest = size // WORD, size % WORD
+        of_run = mean, scale, shift, zero
+        for i in range(whole):
+            more = sums_of_some(grad_y, x, extra, grad_z, i * WORD, WORD, get(bits, i), *of_run)
+            first += more[0]
+            second += more[1]
+        if rest > 0:
+            more = sums_of_some(grad_y, x, extra, grad_z, whole * WORD, rest, get(bits, whole), *of_run)
+            first += more[0]
+            second += more[1]
+        return first, second
+
+    def reduce(
+        grad_y, x, extra, grad_z, bits, channels, stride, words, size, means, scales, shifts, sums
+    ):  # fmt: skip
         for c in range(channels):
             mean, scale, shift = real(means[c]), real(scales[c]), real(shifts[c])
             p = 0
             while p < size:
                 # No longer than what float32 holds the sums of.
-                a, block = c * stride + p, min(BLOCK, size - p)
-                run = at(grad_y, a), at(x, a), at(extra, a), at(grad_z, a), block, mean, scale, shift
+                a, block, of_bits = c * stride + p, min(BLOCK, size - p), at(bits, c * words + p // WORD)
+                run = at(grad_y, a), at(x, a), at(extra, a), at(grad_z, a), of_bits, block, mean, scale, shift
                 first, second = sums_of(*run, real(0))
                 if not math.isfinite(first + second):
                     first, second = sums_of(*run, 0.0)
@@ -84,8 +130,8 @@ def reduce_runs(
                 sums[2 * c + 1] += second
                 p += block
 
-    values, doubles = _types(real)
-    signature = types.void(*[values] * 4, *[types.int64] * 3, *[doubles] * 4)
+    values, doubles, bits = _types(real)
+    signature = types.void(*[values] * 4, bits, *[types.int64] * 4, *[doubles] * 4)
     return signature, loop(reduce)
 
 
@@ -97,23 +143,39 @@ def gradient_runs(
     The three coefficients of a channel are side by side.
     """
     differentiate = _differentiate(real, name, slope_from)
+    has_bits = slope_from == FROM_BITS
 
-    def gradient(grad_y, x, extra, grad_x, channels, stride, size, means, scales, shifts, coefficients):
+    @loop
+    def put_some(grad_y, x, extra, grad_x, k, size, word, mean, scale, shift, by_grad, by_x, constant):
+        for i in range(size):
+            centred = get(x, k + i) - mean
+            grad = differentiate(get(grad_y, k + i), centred * scale + shift, extra, k + i, word, i)
+            if by_batch:
+                put(grad_x, k + i, grad * by_grad + (centred * by_x + constant))
+            else:
+                put(grad_x, k + i, grad * by_grad)
+
+    def gradient(
+        grad_y, x, extra, grad_x, bits, channels, stride, words, size, means, scales, shifts, coefficients
+    ):  # fmt: skip
         for c in range(channels):
             mean, scale, shift = real(means[c]), real(scales[c]), real(shifts[c])
             by_grad, by_x = real(coefficients[3 * c]), real(coefficients[3 * c + 1])
-            constant = real(coefficients[3 * c + 2])
-            a = c * stride
-            for i in range(size):
-                k, centred = a + i, get(x, a + i) - mean
-                grad = differentiate(get(grad_y, k), centred * scale + shift, extra, k)
-                if by_batch:
-                    put(grad_x, k, grad * by_grad + (centred * by_x + constant))
-                else:
-                    put(grad_x, k, grad * by_grad)
+            of_channel = mean, scale, shift, by_grad, by_x, real(coefficients[3 * c + 2])
+            a, w = c * stride, c * words
+            if not has_bits:
+                put_some(grad_y, x, extra, grad_x, a, size, np.int32(0), *of_channel)
+                continue
+            whole, rest = size // WORD, size % WORD
+            for i in range(whole):
+                word = get(bits, w + i)
+                put_some(grad_y, x, extra, grad_x, a + i * WORD, WORD, word, *of_channel)
+            if rest > 0:
+                word = get(bits, w + whole)
+                put_some(grad_y, x, extra, grad_x, a + whole * WORD, rest, word, *of_channel)
 
-    values, doubles = _types(real)
-    signature = types.void(*[values] * 4, *[types.int64] * 3, *[doubles] * 4)
+    values, doubles, bits = _types(real)
+    signature = types.void(*[values] * 4, bits, *[types.int64] * 4, *[doubles] * 4)
     return signature, loop(gradient)
 
 
@@ -141,7 +203,7 @@ def apply_rows(real: Real, name: str | None, has_residual: bool) -> tuple[Any, C
             for i in range(width):
                 put_value(x, residual, y, row * stride + i, get(mean, i), get(scale, i), get(shift, i))
 
-    values, _ = _types(real)
+    values, _, _ = _types(real)
     signature = types.void(values, values, values, *[types.int64] * 3, *[values] * 3)
     return signature, loop(apply)
 
@@ -155,7 +217,7 @@ def reduce_rows(
     @loop
     def grad_and_centred(grad_y, x, extra, grad_z, k, mean, scale, shift):
         centred = get(x, k) - mean
-        grad = differentiate(get(grad_y, k), centred * scale + shift, extra, k)
+        grad = differentiate(get(grad_y, k), centred * scale + shift, extra, k, np.int32(0), 0)
         if store:
             put(grad_z, k, grad)
         return grad, centred
@@ -177,7 +239,7 @@ def reduce_rows(
                 add_to_first(first, i, ga)
                 add_to_second(second, i, ga * xa)
 
-    values, _ = _types(real)
+    values, _, _ = _types(real)
     signature = types.void(*[values] * 4, *[types.int64] * 3, *[values] * 5)
     return signature, loop(reduce)
 
@@ -191,7 +253,7 @@ def gradient_rows(
     @loop
     def put_gradient(grad_y, x, extra, grad_x, k, mean, scale, shift, by_grad, by_x, constant):
         centred = get(x, k) - mean
-        grad = differentiate(get(grad_y, k), centred * scale + shift, extra, k)
+        grad = differentiate(get(grad_y, k), centred * scale + shift, extra, k, np.int32(0), 0)
         if by_batch:
             put(grad_x, k, grad * by_grad + (centred * by_x + constant))
         else:
@@ -212,28 +274,34 @@ def gradient_rows(
                 coefficients = get(by_grad, i), get(by_x, i), get(constant, i)
                 put_gradient(grad_y, x, extra, grad_x, row * stride + i, *of_column, *coefficients)
 
-    values, _ = _types(real)
+    values, _, _ = _types(real)
     signature = types.void(*[values] * 4, *[types.int64] * 3, *[values] * 6)
     return signature, loop(gradient)
 
 
 def _differentiate(real: Real, name: str | None, slope_from: str) -> Callable[..., Any]:
-    """The gradient of z by that of y."""
+    """The gradient of z by that of y, of value k of `extra`, whose bit is number j of a word."""
     gradient = gradient_of(name, real)
+    one = real(1)
 
-    def from_x(grad_y, z, extra, i):
+    def from_x(grad_y, z, extra, k, word, j):
         return gradient(grad_y, z)
 
-    def from_residual(grad_y, z, extra, i):
-        return gradient(grad_y, z + get(extra, i))
+    def from_residual(grad_y, z, extra, k, word, j):
+        return gradient(grad_y, z + get(extra, k))
 
-    def from_output(grad_y, z, extra, i):
+    def from_output(grad_y, z, extra, k, word, j):
         # Where these activations bend, y and z are on the same side.
-        return gradient(grad_y, get(extra, i))
+        return gradient(grad_y, get(extra, k))
 
-    return loop({FROM_X: from_x, FROM_RESIDUAL: from_residual, FROM_OUTPUT: from_output}[slope_from])
+    def from_bits(grad_y, z, extra, k, word, j):
+        # At 1 their slope is 1, at -1 it is what it is where it is not 1.
+        return gradient(grad_y, select(has_bit(word, j), one, -one))
+
+    by = {FROM_X: from_x, FROM_RESIDUAL: from_residual, FROM_OUTPUT: from_output, FROM_BITS: from_bits}
+    return loop(by[slope_from])
 
 
-def _types(real: Real) -> tuple[Any, Any]:
+def _types(real: Real) -> tuple[Any, Any, Any]:
     number = types.float32 if real is np.float32 else types.float64
-    return types.CPointer(number), types.CPointer(types.float64)
+    return types.CPointer(number), types.CPointer(types.float64), types.CPointer(types.int32)

@@ -174,6 +174,19 @@ def merge_parts(raw, table, c):
 
 
 @loop
+def words_of(raw):
+    """Words of bits of a channel of a sample."""
+    return (fields_of(raw, np.int64)[f.POSITIONS] + f.WORD - 1) // f.WORD
+
+
+@loop
+def bits_of(raw, n, c):
+    """The bits of channel c of sample n, where there are any: only where positions are not cut into parts."""
+    fields = fields_of(raw, np.int64)
+    return at(pointer(fields[f.BITS], np.int32), (n * fields[f.CHANNELS] + c) * words_of(raw))
+
+
+@loop
 def apply(raw, table, c0, c1, n0, n1, p0, p1, real):
     """Write y, where it is wanted, for positions p0:p1 of samples n0:n1 of the channels c0:c1."""
     fields = fields_of(raw, np.int64)
@@ -187,8 +200,8 @@ def apply(raw, table, c0, c1, n0, n1, p0, p1, real):
         call(
             fields[f.APPLY],
             (
-                at(x, first), at(residual, first), at(y, first), c1 - c0, positions, p1 - p0,
-                at(means, c0), at(scales, c0), at(shifts, c0),
+                at(x, first), at(residual, first), at(y, first), bits_of(raw, n, c0), c1 - c0, positions,
+                words_of(raw), p1 - p0, at(means, c0), at(scales, c0), at(shifts, c0),
             ),
         )  # fmt: skip
 
@@ -257,8 +270,9 @@ def reduce(raw, table, sums, c0, c1, n0, n1, p0, p1, real):
         call(
             fields[f.REDUCE],
             (
-                at(grad_y, first), at(x, first), at(extra, first), at(grad_z, first),
-                c1 - c0, positions, p1 - p0, at(means, c0), at(scales, c0), at(shifts, c0), at(sums, 2 * c0),
+                at(grad_y, first), at(x, first), at(extra, first), at(grad_z, first), bits_of(raw, n, c0),
+                c1 - c0, positions, words_of(raw), p1 - p0,
+                at(means, c0), at(scales, c0), at(shifts, c0), at(sums, 2 * c0),
             ),
         )  # fmt: skip
 
@@ -280,9 +294,9 @@ def gradient(raw, table, coefficients, c0, c1, n0, n1, p0, p1, real):
         call(
             fields[f.GRADIENT],
             (
-                at(grad, first), at(x, first), at(extra, first), at(grad_x, first),
-                c1 - c0, positions, p1 - p0, at(means, c0), at(scales, c0), at(shifts, c0),
-                at(coefficients, 3 * c0),
+                at(grad, first), at(x, first), at(extra, first), at(grad_x, first), bits_of(raw, n, c0),
+                c1 - c0, positions, words_of(raw), p1 - p0,
+                at(means, c0), at(scales, c0), at(shifts, c0), at(coefficients, 3 * c0),
             ),
         )  # fmt: skip
 
