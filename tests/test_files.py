@@ -29,15 +29,25 @@ def test_write_atomically_keeps_the_old_file_when_it_fails(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_new_file_is_whole_and_readable(tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", [write_atomically, write_new_file])
+def test_a_new_file_is_whole_and_readable(write: Any, tmp_path: Path) -> None:
     path = tmp_path / "new.pt"
     check_new_file("--output", path, (".pt",))
-    write_new_file(path, b"new")
+    write(path, b"new")
     assert path.read_bytes() == b"new"
     umask = os.umask(0o077)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_written_again_is_readable_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

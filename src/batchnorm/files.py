@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,10 @@ TEMPORARY = ".tmp"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that, whenever the process dies, it is the old one or the new one, whole."""
+    """Write a file so that, whenever the process dies, it is the old one or the new one, whole.
+
+    Whoever could read the old one can read the new one; of no old one, whoever may read new files here.
+    """
     with _written_beside(path, content) as temporary:
         os.replace(temporary, path)
 
@@ -28,13 +32,12 @@ def check_new_file(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
 
 
 def write_new_file(path: Path, content: bytes) -> None:
-    """As `write_atomically`, but never over another file; readable by whoever may read new files here.
+    """As `write_atomically`, but never over another file.
 
     Raises:
         ValueError: in the meantime there is one.
     """
     with _written_beside(path, content) as temporary:
-        temporary.chmod(0o666 & ~_umask())  # temporary files are the user's alone
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -51,12 +54,17 @@ def _written_beside(path: Path, content: bytes) -> Iterator[Path]:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        temporary.chmod(_mode_of(path))  # temporary files are the user's alone
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask
+def _mode_of(path: Path) -> int:
+    """The permissions of a file, or of a new one."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:
+        umask = os.umask(0o077)
+        os.umask(umask)
+        return 0o666 & ~umask
