@@ -228,5 +228,9 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def _version(tensor: Tensor | None) -> int:
-    # A tensor made in inference mode has no version, and no gradient either.
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
+    if tensor is None:
+        return 0
+    try:
+        return tensor._version
+    except RuntimeError:  # made in inference mode: it has no gradient either
+        return 0
