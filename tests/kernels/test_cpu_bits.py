@@ -112,7 +112,11 @@ def test_only_slopes_of_1_and_one_other_are_bits(activation):
     assert cpu._Call(x, 1, fields.OF_BATCH, EPS, activation, residual).slope_from != "bits"
 
 
-def test_no_bits_without_a_graph():
-    x, _, _, residual, _ = inputs((4, 5, 200))
-    with torch.no_grad():
-        assert cpu._Call(x, 1, fields.OF_BATCH, EPS, "relu", residual).slope_from == "output"
+@pytest.mark.parametrize("graph", [False, True])
+def test_no_bits_where_nobody_wants_a_gradient(graph):
+    x, weight, bias, residual, _ = inputs((4, 5, 200))
+    with torch.set_grad_enabled(graph):
+        found = cpu._Call(x, 1, fields.OF_BATCH, EPS, "relu", residual)
+        y = found.run(x, weight, bias, residual)
+    assert found.slope_from == "output"
+    assert torch.equal(y, call(x, residual, "relu", "bits").run(x, weight.requires_grad_(), bias, residual))

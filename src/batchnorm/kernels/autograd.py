@@ -151,6 +151,8 @@ class _Normalise(torch.autograd.Function):
         residual: Tensor | None,
         call: Call,
     ) -> Tensor:
+        if call.slope_from == "bits" and not any(ctx.needs_input_grad):
+            call.slope_from = "output"  # nobody is going to ask for bits
         y = call.forward(x, weight, bias, residual)
         if recipes.is_recording() and any(ctx.needs_input_grad):
             _offer(y, x, residual, call)
