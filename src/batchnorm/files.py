@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,7 +62,7 @@ def _written_beside(path: Path, content: bytes) -> Iterator[Path]:
 def _mode_of(path: Path) -> int:
     """The permissions of a file, or of a new one."""
     try:
-        return stat.S_IMODE(path.stat().st_mode)
+        return path.stat().st_mode & 0o777
     except FileNotFoundError:
         umask = os.umask(0o077)
         os.umask(umask)

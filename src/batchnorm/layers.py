@@ -290,7 +290,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             and len(shape := x.shape) in self._ranks
             and shape[1] == self.num_features
             and x.numel() > self.num_features
-            and x.dtype in _FLOATING
+            and x.is_floating_point()
             and (residual is None or (isinstance(residual, Tensor) and residual.shape == shape))
         ):
             return 1
@@ -325,9 +325,6 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         options["sync"] = self._sync  # whose repr of a group is its ranks
         changed = [f"{name}={value!r}" for name, value in options.items() if value != _OPTIONS[name]]
         return ", ".join([super().extra_repr(), *changed])
-
-
-_FLOATING = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
 
 def _is_constant(tensor: Tensor | None) -> bool:

@@ -16,14 +16,22 @@ NAMES = ["relu", "relu6", "leaky_relu"]
 SIZES = [49, 63, 64, 65, 95, 96, 97, 128, 4095, 4096, 4097]
 
 
-def call(x, residual, activation, slope_from, running=None):
+class ByOutput(cpu._Call):
+    def leave_bits(self):
+        pass
+
+
+def normalise(tensors, activation, slope_from, running=None):
+    """x, weight, bias and residual, normalised, with the slope from the bits or the output."""
+    x, _, _, residual = tensors
     statistics = fields.OF_BATCH if running is None else fields.RUNNING
-    found = cpu._Call(x, 1, statistics, EPS, activation, residual)
-    assert found.slope_from == "bits"
-    found.slope_from = slope_from
+    kind = cpu._Call if slope_from == "bits" else ByOutput
+    call = kind(x, 1, statistics, EPS, activation, residual)
     if running is not None:
-        found.running = *(tensor.data_ptr() for tensor in running), 0, 0.0
-    return found
+        call.running = *(tensor.data_ptr() for tensor in running), 0, 0.0
+    y = call.run(*tensors)
+    assert call.slope_from == slope_from
+    return y
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -38,10 +46,10 @@ def test_gradients_are_those_by_the_output(threads, size, activation, dtype, cou
         for wanted in ((0, 1, 2, 3), (0,), (3,), (1, 2)):
             found = []
             for slope_from in ("bits", "output"):
-                x, weight, bias, residual = leaves = [tensor.clone() for tensor in tensors]
+                leaves = [tensor.clone() for tensor in tensors]
                 for i in wanted:
                     leaves[i].requires_grad_()
-                y = call(x, residual, activation, slope_from).run(x, weight, bias, residual)
+                y = normalise(leaves, activation, slope_from)
                 found.append([y, *torch.autograd.grad(y, [leaves[i] for i in wanted], grad)])
             for by_bits, by_output in zip(*found, strict=True):
                 scale = max(1.0, by_output.abs().max().item())
@@ -59,7 +67,7 @@ def test_on_the_bends_and_beyond_all_numbers(activation, dtype):
     grad = torch.full_like(x, 3.0)
     found = []
     for slope_from in ("bits", "output"):
-        y = call(x, residual, activation, slope_from, running).run(x, None, None, residual)
+        y = normalise((x, None, None, residual), activation, slope_from, running)
         found.append((y, torch.autograd.grad(y, residual, grad)[0]))
     torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
     expected = getattr(torch.nn.functional, activation)(residual)
@@ -108,15 +116,29 @@ def test_what_is_kept_and_what_may_change():
 
 @pytest.mark.parametrize("activation", [None, "silu", "hardswish"])
 def test_only_slopes_of_1_and_one_other_are_bits(activation):
-    x, _, _, residual, _ = inputs((4, 5, 200))
-    assert cpu._Call(x, 1, fields.OF_BATCH, EPS, activation, residual).slope_from != "bits"
+    x, weight, bias, residual, _ = inputs((4, 5, 200))
+    call = cpu._Call(x, 1, fields.OF_BATCH, EPS, activation, residual)
+    call.run(x.requires_grad_(), weight, bias, residual)
+    assert call.slope_from != "bits"
 
 
 @pytest.mark.parametrize("graph", [False, True])
 def test_no_bits_where_nobody_wants_a_gradient(graph):
     x, weight, bias, residual, _ = inputs((4, 5, 200))
     with torch.set_grad_enabled(graph):
-        found = cpu._Call(x, 1, fields.OF_BATCH, EPS, "relu", residual)
-        y = found.run(x, weight, bias, residual)
-    assert found.slope_from == "output"
-    assert torch.equal(y, call(x, residual, "relu", "bits").run(x, weight.requires_grad_(), bias, residual))
+        y = normalise((x, weight, bias, residual), "relu", "output")
+        call = cpu._Call(x, 1, fields.OF_BATCH, EPS, "relu", residual)
+        again = call.run(x, weight, bias, residual)
+    assert call.slope_from == "output"
+    with_bits = normalise((x.requires_grad_(), weight, bias, residual), "relu", "bits")
+    assert torch.equal(y, again)
+    assert torch.equal(y, with_bits)
+
+
+def test_an_output_is_built_again_without_bits():
+    x, weight, bias, residual, _ = inputs((4, 5, 200))
+    call = cpu._Call(x, 1, fields.OF_BATCH, EPS, "relu", residual)
+    y = call.run(x.requires_grad_(), weight, bias, residual)
+    assert call.slope_from == "bits"
+    assert torch.equal(call.again(x, residual), y)
+    assert call.bits is None

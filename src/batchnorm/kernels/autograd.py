@@ -31,8 +31,8 @@ class Call(ABC):
     Attributes:
         by_batch: normalise by the moments of the batch, whose gradients count then, or by given statistics.
         slope_from: what tells the slope of the activation: z computed from "x", that and the "residual",
-            the "output", or "bits" that the forward leaves.
-        bits: those, until autograd has them.
+            the "output", or "bits", one for each value.
+        bits: those that `forward` is to leave, until autograd has them.
     """
 
     __slots__ = (
@@ -76,6 +76,9 @@ class Call(ABC):
     @abstractmethod
     def mean_and_invstd(self) -> tuple[Tensor, Tensor]:
         """What `forward` has normalised by, per channel."""
+
+    def leave_bits(self) -> None:  # noqa: B027 (not every kernel has any)
+        """Let `forward` leave bits instead of the output, where it can: not by default."""
 
     def with_slope_of_output(self, x: Tensor, extra: Tensor) -> Tensor:
         """A new tensor at which the slope of the activation is that at the output; of `extra`, as x."""
@@ -151,8 +154,8 @@ class _Normalise(torch.autograd.Function):
         residual: Tensor | None,
         call: Call,
     ) -> Tensor:
-        if call.slope_from == "bits" and not any(ctx.needs_input_grad):
-            call.slope_from = "output"  # nobody is going to ask for bits
+        if call.slope_from == "output" and any(ctx.needs_input_grad):
+            call.leave_bits()
         y = call.forward(x, weight, bias, residual)
         if recipes.is_recording() and any(ctx.needs_input_grad):
             _offer(y, x, residual, call)

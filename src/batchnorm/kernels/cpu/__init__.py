@@ -195,15 +195,11 @@ class _Call(Call):
         self.table = torch.empty_like(the_plan.table)
         # Addresses of the running mean, variance and counter, and the momentum.
         self.running = (0, 0, 0, 0.0)
-        if self.slope_from == "output" and the_plan.words and torch.is_grad_enabled():
-            self.slope_from = "bits"
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         y = _empty_like(x, self.plan)
-        if self.slope_from == "bits":
-            self.bits = torch.empty(self.plan.words, dtype=torch.int32)
         launch.run_forward(
             self.plan, self.table, x, y, residual, self.statistics, self.plan.count, weight, bias,
             self.running, self.eps, self.activation, self.bits,
@@ -212,7 +208,13 @@ class _Call(Call):
 
     def prepare_again(self) -> None:
         """Let `forward` normalise by the table that it has left, and move nothing."""
-        self.statistics, self.running, self.slope_from = f.OF_TABLE, (0, 0, 0, 0.0), "x"
+        self.statistics, self.running = f.OF_TABLE, (0, 0, 0, 0.0)
+
+    def leave_bits(self) -> None:
+        """Let `forward` leave bits instead of the output, where the plan has them."""
+        if self.plan.words > 0:
+            self.slope_from = "bits"
+            self.bits = torch.empty(self.plan.words, dtype=torch.int32)
 
     def with_slope_of_output(self, x: Tensor, extra: Tensor) -> Tensor:
         """The output, or 1 where its bit is set, else -1."""

@@ -1,4 +1,4 @@
-"""Pointers and C calls for kernels in Numba: what its arrays do, without building them.
+"""Pointers, words of bits and C calls for kernels in Numba: what its arrays do, without building them.
 
 A small layer's sums take less time than handing its tensors over as arrays would.
 """
