@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from batchnorm import checks, distributed, functional, running, synchronised
 from batchnorm.context import in_backward, under_transform
-from batchnorm.kernels import choose, reference
+from batchnorm.kernels import choose, cpu, cuda, reference
+from batchnorm.kernels.choice import Choice
 from batchnorm.kernels.reference import ACTIVATIONS
 from batchnorm.moments import Moments
 from batchnorm.names import describe
@@ -106,6 +108,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         )
 
     def _set_options(self, **options: Any) -> None:
+        self._choice = Choice()
         checks.check_eps(self.eps)
         checks.check_momentum(self.momentum)
         checks.check_ghost_batch_size(options["ghost_batch_size"], options["channel_dim"])
@@ -162,7 +165,6 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             ValueError: a wrong shape, or one value per channel in training.
         """
         group = None if self._sync is False else self._group()
-        channel_dim = self._check_input(x, residual, mask, group)
         if mask is None and group is None and (not self.training or self._moves_as_torch()):
             # Not self.weight: each look-up by nn.Module costs a small layer a microsecond.
             parameters, buffers = self._parameters, self._buffers
@@ -171,14 +173,29 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 weight, bias = self.weight, self.bias  # parametrized, or there is none
             mean, var = buffers["running_mean"], buffers["running_var"]
             per_channel = weight, bias, mean, var
-            training = self.training
-            kernel = choose(x, channel_dim, per_channel, residual, self._activation, training, training)
-            if kernel is not reference and training:
+            kernel, channel_dim = self._choose(x, per_channel, residual)
+            if kernel is not reference and self.training:
                 return self._forward_moving(kernel, x, per_channel, residual, channel_dim)
             if kernel is not reference and _is_constant(mean) and _is_constant(var):
                 options = {"eps": self.eps, "channel_dim": channel_dim, "activation": self._activation}
                 return kernel.inference(x, mean, var, weight, bias, **options, residual=residual)
+        else:
+            channel_dim = self._check_input(x, residual, mask, group)
         return self._forward_any(x, residual, mask, channel_dim, group)
+
+    def _choose(
+        self, x: Tensor, per_channel: tuple[Tensor | None, ...], residual: Tensor | None
+    ) -> tuple[ModuleType, int]:
+        """The kernel for tensors that are seen to fit, without a mask or a group, and `channel_dim`."""
+        compiling, training, activation = is_compiling(), self.training, self._activation
+        options = training, activation, self.channel_dim, self.num_features
+        if not compiling and (choice := self._choice.recall(x, per_channel, residual, options)) is not None:
+            return choice
+        channel_dim = self._check_input(x, residual, None, None)
+        kernel = choose(x, channel_dim, per_channel, residual, activation, training, training)
+        if not compiling and (kernel is cpu or kernel is cuda):
+            self._choice.keep(x, per_channel, residual, options, kernel, channel_dim)
+        return kernel, channel_dim
 
     def _group(self) -> Any:
         """The process group that this forward communicates with, or None."""

@@ -17,6 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm import distributed
+from batchnorm.kernels.choice import Choice
 from batchnorm.layers import (
     _OPTIONS,
     BatchNorm1d,
@@ -108,6 +109,7 @@ def convert(
         _set_class(layer, cls)
         for option, default in _OPTIONS.items():
             setattr(layer, option, default)
+        layer.__dict__["_choice"] = Choice()
         if isinstance(layer, SyncBatchNorm):
             layer.sync = True if layer.process_group is None else layer.process_group
     if sync is not False:
@@ -171,7 +173,7 @@ def _can_be_ours(module: nn.Module, subclasses: bool) -> bool:
     attributes = (
         module.__dict__.keys() | module._modules.keys() | module._parameters.keys() | module._buffers.keys()
     )
-    taken = {"forward", *_OPTIONS, *(f"_{option}" for option in _OPTIONS)}
+    taken = {"forward", *_OPTIONS, *(f"_{option}" for option in _OPTIONS), "_choice"}
     return _ours(_class(module), subclasses) is not None and not attributes & taken
 
 
@@ -212,6 +214,6 @@ def _restore_class(module: nn.Module) -> None:
     _set_class(module, cls)
     added = {"_callers", "_followers"}
     if not issubclass(cls, _BatchNorm):
-        added |= {*_OPTIONS, *(f"_{option}" for option in _OPTIONS)}
+        added |= {*_OPTIONS, *(f"_{option}" for option in _OPTIONS), "_choice"}
     for name in added:
         module.__dict__.pop(name, None)

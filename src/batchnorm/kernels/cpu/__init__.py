@@ -21,7 +21,7 @@ from batchnorm.kernels.layout import planned
 from batchnorm.moments import Moments
 
 # What torch's function calls, where torch has it: a Python function less in each call.
-_is_deterministic = getattr(
+is_deterministic = getattr(
     torch._C, "_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled
 )
 
@@ -70,7 +70,7 @@ def supports(
             return False
     if residual is not None and not (residual.dtype is dtype and residual.is_cpu):
         return False
-    if _plan(x, channel_dim) is None or _is_deterministic():
+    if _plan(x, channel_dim) is None or is_deterministic():
         return False
     return can_run_here() and _work()
 

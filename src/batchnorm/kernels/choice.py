@@ -1,0 +1,92 @@
+"""A layer's last choice of a kernel, which holds for every call like the one that it was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from batchnorm import recipes
+from batchnorm.kernels.cpu import is_deterministic
+
+# torch.compile's comparison of tensors with those that it has compiled for. Where torch has none, every call
+# chooses.
+_TensorGuards = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
+
+_Optional = Tensor | None
+_Options = tuple[Any, ...]
+
+
+class Choice:
+    """The kernel that `choose` has named, for calls in the same circumstances with tensors that are alike.
+
+    `choose` asks torch some forty questions, a quarter of a small layer's forward. Torch itself compares all
+    tensors at once: by Python type, dispatch keys, dtype, device, sizes, strides and `requires_grad`. What it
+    compares with is kept at the second call in a row of the same kind: where shapes change with every call,
+    it would not be worth its time.
+
+    Copies and pickles of a layer begin anew.
+    """
+
+    __slots__ = ("_kept", "_seen")
+
+    def __init__(self) -> None:
+        self._kept: tuple[_Options, Callable[..., bool], tuple[ModuleType, int]] | None = None
+        self._seen: _Options | None = None
+
+    def __reduce__(self) -> tuple[type[Choice], tuple[()]]:
+        return Choice, ()
+
+    def recall(
+        self, x: Tensor, per_channel: tuple[_Optional, ...], residual: _Optional, options: _Options
+    ) -> tuple[ModuleType, int] | None:
+        """Kernel and `channel_dim`, if `keep` was given them for tensors like these; or None."""
+        if (kept := self._kept) is None:
+            return None
+        circumstances, are_alike, choice = kept
+        tensors = _present(x, per_channel, residual)
+        if circumstances == _circumstances(tensors, options) and are_alike(*tensors):
+            return choice
+        return None
+
+    def keep(
+        self,
+        x: Tensor,
+        per_channel: tuple[_Optional, ...],
+        residual: _Optional,
+        options: _Options,
+        kernel: ModuleType,
+        channel_dim: int,
+    ) -> None:
+        """For `recall`, unless this is the first call of its kind."""
+        if _TensorGuards is None:
+            return
+        tensors = _present(x, per_channel, residual)
+        circumstances = _circumstances(tensors, options)
+        seen = circumstances, x.dtype, x.requires_grad, x.shape, x.stride()
+        if seen != self._seen:
+            self._seen = seen
+            return
+        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        guards = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self._kept = circumstances, guards.check, (kernel, channel_dim)
+
+
+def _present(x: Tensor, per_channel: tuple[_Optional, ...], residual: _Optional) -> tuple[Tensor, ...]:
+    """Which ones are missing makes no difference to the choice, but for the residual, whose shape tells."""
+    weight, bias, mean, var = per_channel
+    if weight is None or bias is None or mean is None or var is None:
+        return tuple(tensor for tensor in (x, *per_channel, residual) if tensor is not None)
+    return (x, weight, bias, mean, var) if residual is None else (x, weight, bias, mean, var, residual)
+
+
+def _circumstances(tensors: tuple[Tensor, ...], options: _Options) -> _Options:
+    """What `choose` goes by, besides what torch compares tensors by."""
+    return (
+        len(tensors), options, torch.is_grad_enabled(), is_deterministic(), forward_ad._current_level,
+        recipes.is_recording(),
+    )  # fmt: skip
