@@ -112,7 +112,7 @@ CHANGES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "requires_grad": lambda layer, x: layer(x.detach()),
     "a residual": lambda layer, x: layer(x, x * 2),
     "itself as the residual": lambda layer, x: layer(x, x),
-    "conjugate": lambda layer, x: layer(torch._neg_view(x)),
+    "negative view": lambda layer, x: layer(torch._neg_view(x)),
     "subclass": lambda layer, x: layer(x.as_subclass(_Subclass)).as_subclass(Tensor),
     "half precision": lambda layer, x: layer(x.bfloat16()),
     "weight of another dtype": lambda layer, x: _other_weight(layer, torch.ones(CHANNELS).double())(x),
