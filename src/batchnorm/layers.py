@@ -166,14 +166,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """
         group = None if self._sync is False else self._group()
         if mask is None and group is None and (not self.training or self._moves_as_torch()):
-            # Not self.weight: each look-up by nn.Module costs a small layer a microsecond.
-            parameters, buffers = self._parameters, self._buffers
-            weight, bias = parameters.get("weight"), parameters.get("bias")
-            if weight is None or bias is None:
-                weight, bias = self.weight, self.bias  # parametrized, or there is none
-            mean, var = buffers["running_mean"], buffers["running_var"]
-            per_channel = weight, bias, mean, var
-            kernel, channel_dim = self._choose(x, per_channel, residual)
+            per_channel = weight, bias, mean, var = self._per_channel()
+            kernel, channel_dim = self._choose(self._choice, x, per_channel, residual, self._activation)
             if kernel is not reference and self.training:
                 return self._forward_moving(kernel, x, per_channel, residual, channel_dim)
             if kernel is not reference and _is_constant(mean) and _is_constant(var):
@@ -183,18 +177,30 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             channel_dim = self._check_input(x, residual, mask, group)
         return self._forward_any(x, residual, mask, channel_dim, group)
 
+    def _per_channel(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        # Not self.weight: each look-up by nn.Module costs a small layer a microsecond.
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if weight is None or bias is None:
+            weight, bias = self.weight, self.bias  # parametrized, or there is none
+        return weight, bias, self._buffers["running_mean"], self._buffers["running_var"]
+
     def _choose(
-        self, x: Tensor, per_channel: tuple[Tensor | None, ...], residual: Tensor | None
+        self,
+        kept: Choice,
+        x: Tensor,
+        per_channel: tuple[Tensor | None, ...],
+        residual: Tensor | None,
+        activation: str | None,
     ) -> tuple[ModuleType, int]:
         """The kernel for tensors that are seen to fit, without a mask or a group, and `channel_dim`."""
-        compiling, training, activation = is_compiling(), self.training, self._activation
+        compiling, training = is_compiling(), self.training
         options = training, activation, self.channel_dim, self.num_features
-        if not compiling and (choice := self._choice.recall(x, per_channel, residual, options)) is not None:
+        if not compiling and (choice := kept.recall(x, per_channel, residual, options)) is not None:
             return choice
         channel_dim = self._check_input(x, residual, None, None)
         kernel = choose(x, channel_dim, per_channel, residual, activation, training, training)
         if not compiling and (kernel is cpu or kernel is cuda):
-            self._choice.keep(x, per_channel, residual, options, kernel, channel_dim)
+            kept.keep(x, per_channel, residual, options, kernel, channel_dim)
         return kernel, channel_dim
 
     def _group(self) -> Any:

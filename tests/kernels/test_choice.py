@@ -313,11 +313,18 @@ def test_nothing_is_kept_alive() -> None:
     assert alive() is None
 
 
+def test_fused_layers_keep_theirs_and_that_of_waiting(choices: Choices) -> None:
+    model = bn.convert(nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU()))
+    x = values(requires_grad=True)
+    assert [choices.during(lambda: model(x)) for _ in range(4)] == [2, 2, 0, 0]
+    assert choices.during(lambda: model(x[:16])) == 2
+
+
 def test_revert_leaves_nothing_behind() -> None:
     model = nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU())
     before = set(model[0].__dict__)
     bn.convert(model)
     for _ in range(3):
         model(values(requires_grad=True))
-    assert model[0]._choice._kept is not None
+    assert None not in (model[0]._choice._kept, model[0]._wait_choice._kept)
     assert set(bn.revert(model)[0].__dict__) == before

@@ -121,6 +121,7 @@ def convert(
         waiting = _fusing(_class(fused))
         assert waiting is not None  # it was among those that can
         _set_class(fused, waiting)
+        fused.__dict__["_wait_choice"] = Choice()
         fused.__dict__["_callers"] = tuple({place.caller: None for place in found})
         fused.__dict__["_followers"] = tuple({p.follower: None for p in found if p.follower is not None})
     if memory_efficient:
@@ -212,7 +213,7 @@ def _restore_class(module: nn.Module) -> None:
     if issubclass(cls, LazyModuleMixin) and not isinstance(module, LazyModuleMixin):
         cls = cls.cls_to_become  # it has seen its first input since
     _set_class(module, cls)
-    added = {"_callers", "_followers"}
+    added = {"_callers", "_followers", "_wait_choice"}
     if not issubclass(cls, _BatchNorm):
         added |= {*_OPTIONS, *(f"_{option}" for option in _OPTIONS), "_choice"}
     for name in added:

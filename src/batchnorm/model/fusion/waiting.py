@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.context import under_transform
-from batchnorm.kernels import choose, native, reference
+from batchnorm.kernels import native, reference
+from batchnorm.kernels.choice import Choice
 from batchnorm.layers import (
     BatchNorm1d,
     BatchNorm2d,
@@ -172,6 +173,7 @@ class _Fusing(_BatchNorm):
 
     _callers: tuple[tuple[str, str], ...]
     _followers: tuple[nn.Module, ...]
+    _wait_choice: Choice
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """See the layer without fusion."""
@@ -180,17 +182,21 @@ class _Fusing(_BatchNorm):
             or type(x) is not Tensor
             or residual is not None
             or mask is not None
-            or not _fuses(self, x)
+            or self._sync is not False  # processes must communicate in the same order, whatever their shapes
+            or not self._fuses(x)
             or not self._may_wait(sys._getframe(1))
         ):
             return super().forward(x, residual, mask)
-        self._check_input(x, None, None, None)
         return _waiting(_Pass(self, x))
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether `x`, once it is seen to fit, goes by a kernel that fuses: else waiting is time lost."""
+        kernel, _ = self._choose(self._wait_choice, x, self._per_channel(), None, "relu")
+        return kernel is not native and kernel is not reference
 
     def _may_wait(self, frame: FrameType | None) -> bool:
         if (
             self._activation is not None
-            or self._sync is not False  # processes must communicate in the same order, whatever their shapes
             or hooked_after(self)
             or any(hooked(follower) for follower in self._followers)
             or _any_global_hook()
@@ -200,14 +206,6 @@ class _Fusing(_BatchNorm):
             return False
         caller = _caller(self, frame)
         return caller is not None and caller_of(caller) in self._callers
-
-
-def _fuses(layer: _Fusing, x: Tensor) -> bool:
-    """Whether `x` goes by a kernel that fuses; for the others, waiting would be time lost."""
-    if x.ndim not in layer._ranks:
-        return False  # an error, and the layer's to raise
-    parameters = layer._parameters.get("weight"), layer._parameters.get("bias")
-    return choose(x, layer.channel_dim, parameters, None, "relu", layer.training) not in (native, reference)
 
 
 def _caller(module: nn.Module, frame: FrameType | None) -> FrameType | None:
