@@ -83,11 +83,9 @@ def test_the_choice_by_size(monkeypatch):
         assert x.numel() == values
         return choose(x, 1, **options)
 
-    assert chosen(24576) is chosen(8192, **fused) is chosen(8192, True, **fused) is cpu
+    assert chosen(32768) is chosen(32768, **fused) is chosen(32768, True, **fused) is cpu
     assert chosen(65536, True) is chosen(4194304, True) is choose(torch.randn(128, 512), 1) is cpu
-    assert (
-        chosen(24448) is chosen(65408, True) is chosen(8064, **fused) is chosen(8064, True, **fused) is native
-    )
+    assert chosen(32640) is chosen(65408, True) is chosen(32640, **fused) is native
     assert chosen(8192, positions=4) is cpu
     assert chosen(8192, positions=8) is chosen(8184, positions=4) is native
     assert chosen(524288, training=False) is chosen(131072, training=False, **fused) is cpu

@@ -29,8 +29,8 @@ is_deterministic = getattr(
 # and over runs of up to 4 positions, by (in training, with a graph, without activation and residual). Some
 # are faster from fewer than 4096 on, but nobody should wait for a compiler there.
 SMALLEST = {
-    (True, True, True): (65536, 24576, 8192),
-    (True, True, False): (8192, 8192, 8192),
+    (True, True, True): (65536, 32768, 8192),
+    (True, True, False): (32768, 32768, 8192),
     (True, False, True): (4096, 4096, 4096),
     (True, False, False): (4096, 4096, 4096),
     (False, True, True): (524288, 524288, 8192),
