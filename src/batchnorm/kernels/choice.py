@@ -29,7 +29,7 @@ class Choice:
     compares with is kept at the second call in a row of the same kind: where shapes change with every call,
     it would not be worth its time.
 
-    Copies and pickles of a layer begin anew.
+    Deep copies and pickles of a layer begin anew.
     """
 
     __slots__ = ("_kept", "_seen")
