@@ -259,7 +259,7 @@ def _traced(layer: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _forward_mode(layer: nn.Module, x: Tensor) -> Tensor:
     with forward_ad.dual_level():
-        y = layer(forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+        y = layer(forward_ad.make_dual(x, torch.ones_like(x)))
         tangent = forward_ad.unpack_dual(y).tangent
         assert tangent is not None
         return tangent
