@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from copy import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.autograd import forward_ad
 
 from batchnorm import recipes
 from batchnorm.kernels import reference
+from batchnorm.kernels.holders import has_no_other_holder
 
 FUSED = frozenset({
     None, "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "hardswish", "sigmoid", "hardsigmoid",
@@ -39,6 +41,8 @@ class Call(ABC):
         "activation", "bias", "bits", "by_batch", "channel_dim", "eps", "slope_from", "unfused", "versions",
         "weight",
     )  # fmt: skip
+    # From how many bytes on a gradient is looked at, whether it may be written over.
+    SMALLEST_OVERWRITTEN: ClassVar[float] = math.inf
 
     def __init__(
         self, channel_dim: int, by_batch: bool, eps: float, activation: str | None, residual: Tensor | None
@@ -72,6 +76,12 @@ class Call(ABC):
         self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight, bias and residual."""
+
+    def backward_over(
+        self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """As `backward`; one of them is written over grad_y, where that pays."""
+        return self.backward(grad_y, x, extra, wanted)
 
     @abstractmethod
     def mean_and_invstd(self) -> tuple[Tensor, Tensor]:
@@ -175,7 +185,9 @@ class _Normalise(torch.autograd.Function):
         extra = rest[0] if rest else None
         wanted, create_graph = ctx.needs_input_grad[:4], torch.is_grad_enabled()
         if not create_graph and has_memory(grad_y):
-            return (*call.backward(grad_y, x, extra, wanted), None)
+            may_overwrite = grad_y.nbytes >= call.SMALLEST_OVERWRITTEN and has_no_other_holder(grad_y)
+            differentiate = call.backward_over if may_overwrite else call.backward
+            return (*differentiate(grad_y, x, extra, wanted), None)
         with torch.enable_grad():
             return (*call.backward_by_torch(grad_y, x, extra, wanted, create_graph), None)
 

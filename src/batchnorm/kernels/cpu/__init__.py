@@ -15,7 +15,7 @@ from batchnorm import recipes
 from batchnorm.kernels.autograd import Call, are_plain, can_run_here, in_layout_of
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu import launch, team
-from batchnorm.kernels.cpu.pages import in_huge_pages
+from batchnorm.kernels.cpu.pages import LARGE, in_huge_pages
 from batchnorm.kernels.cpu.plan import COSTLY, DTYPES, Plan, function, plan
 from batchnorm.kernels.layout import planned
 from batchnorm.moments import Moments
@@ -177,6 +177,7 @@ class _Call(Call):
     """A normalisation by the CPU kernels."""
 
     __slots__ = ("plan", "running", "statistics", "table")
+    SMALLEST_OVERWRITTEN = LARGE
 
     def __init__(
         self,
@@ -233,15 +234,29 @@ class _Call(Call):
         self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight, bias and residual."""
+        given, grad_y = grad_y, in_layout_of(x, grad_y)
+        return self._differentiate(grad_y, x, extra, wanted, overwrites=grad_y is not given)
+
+    def backward_over(
+        self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """As `backward`; one of them is written over grad_y, whose memory is not new and may be in a cache."""
+        return self._differentiate(in_layout_of(x, grad_y), x, extra, wanted, overwrites=True)
+
+    def _differentiate(
+        self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...], overwrites: bool
+    ) -> tuple[Tensor | None, ...]:
         the_plan, activation, by_batch = self.plan, self.activation, self.by_batch
         wants_x, wants_weight, wants_bias, wants_residual = wanted
-        grad_y = in_layout_of(x, grad_y)
-        grad_x = _empty_like(x, the_plan) if wants_x else None
+        keeps_grad_y = not overwrites or (wants_residual and activation is None)
+        grad_x = None
+        if wants_x:
+            grad_x = _empty_like(x, the_plan) if keeps_grad_y or wants_residual else grad_y
         grad_weight = torch.empty_like(the_plan.parameter) if wants_weight else None
         grad_bias = torch.empty_like(the_plan.parameter) if wants_bias else None
         grad_z = grad_residual = None
         if wants_residual:
-            grad_residual = grad_y if activation is None else _empty_like(x, the_plan)
+            grad_residual = _empty_like(x, the_plan) if activation is not None and not overwrites else grad_y
             grad_z = None if activation is None else grad_residual
         elif wants_x and activation in COSTLY:
             grad_z = grad_x

@@ -143,6 +143,7 @@ def exact_sums(raw, table, sums, c, real):
     fields = fields_of(raw, np.int64)
     channels, positions = fields[f.CHANNELS], fields[f.POSITIONS]
     means, scales, shifts = applied_statistics(raw, table)
+    grad, x, extra = grad_of_z(raw, real), tensor(raw, f.X, real), tensor(raw, f.EXTRA, real)
     sums[0] = 0.0
     sums[1] = 0.0
     for n in range(fields[f.SAMPLES]):
@@ -150,10 +151,8 @@ def exact_sums(raw, table, sums, c, real):
         call(
             fields[f.REDUCE_ONE],
             (
-                at(tensor(raw, f.GRAD_Y, real), run), at(tensor(raw, f.X, real), run),
-                at(tensor(raw, f.EXTRA, real), run), at(tensor(raw, f.GRAD_Z, real), run),
-                pointer(0, np.int32), 1, positions, 0, positions,
-                at(means, c), at(scales, c), at(shifts, c), sums,
+                at(grad, run), at(x, run), at(extra, run), pointer(0, real), pointer(0, np.int32),
+                1, positions, 0, positions, at(means, c), at(scales, c), at(shifts, c), sums,
             ),
         )  # fmt: skip
 

@@ -103,11 +103,12 @@ class Plan:
     def _load_backward(self, key: tuple[str | None, str, bool, bool, bool, bool]) -> tuple[int, ...]:
         activation, slope_from, stored, by_batch, reduces, wants_x = key
         sums = one_run = gradient = 0
+        # What is stored is read again, and may have been written over what it was computed from.
+        of_z = (None, "x") if stored else (activation, slope_from)
         if reduces:
             sums = self._function("reduce", activation, slope_from, stored)
-            one_run = function("reduce", "runs", self.dtype, activation, slope_from, stored)
+            one_run = function("reduce", "runs", self.dtype, *of_z, False)
         if wants_x:
-            of_z = (None, "x") if stored else (activation, slope_from)
             gradient = self._function("gradient", *of_z, by_batch)
         return self._kernel("backward"), sums, one_run, gradient
 

@@ -227,8 +227,7 @@ def exact_sums(raw, thread, start, rows, width, c, real):
     """The sums of a column of channel c by a call per value, which is in float64 where float32 overflows."""
     fields = fields_of(raw, np.int64)
     means, scales, shifts = applied_statistics(raw, pointer(fields[f.TABLE], np.float64))
-    grad_y, x = tensor(raw, f.GRAD_Y, real), tensor(raw, f.X, real)
-    extra, grad_z = tensor(raw, f.EXTRA, real), tensor(raw, f.GRAD_Z, real)
+    grad, x, extra = grad_of_z(raw, real), tensor(raw, f.X, real), tensor(raw, f.EXTRA, real)
     sums = at(found_by(raw, thread)[1], width)
     sums[0] = 0.0
     sums[1] = 0.0
@@ -237,8 +236,8 @@ def exact_sums(raw, thread, start, rows, width, c, real):
         call(
             fields[f.REDUCE_ONE],
             (
-                at(grad_y, k), at(x, k), at(extra, k), at(grad_z, k), pointer(0, np.int32), 1, 1, 0, 1,
-                at(means, c), at(scales, c), at(shifts, c), sums,
+                at(grad, k), at(x, k), at(extra, k), pointer(0, real), pointer(0, np.int32),
+                1, 1, 0, 1, at(means, c), at(scales, c), at(shifts, c), sums,
             ),
         )  # fmt: skip
     return sums[0], sums[1]

@@ -113,6 +113,15 @@ def reduce_runs(
             second += more[1]
         return first, second
 
+    @reduction
+    def sums_of_stored(grad_z, x, size, mean):
+        first = 0.0
+        second = 0.0
+        for i in range(size):
+            first += get(grad_z, i)
+            second += get(grad_z, i) * ((get(x, i) - mean) + 0.0)
+        return first, second
+
     def reduce(
         grad_y, x, extra, grad_z, bits, channels, stride, words, size, means, scales, shifts, sums
     ):  # fmt: skip
@@ -125,7 +134,11 @@ def reduce_runs(
                 run = at(grad_y, a), at(x, a), at(extra, a), at(grad_z, a), of_bits, block, mean, scale, shift
                 first, second = sums_of(*run, real(0))
                 if not math.isfinite(first + second):
-                    first, second = sums_of(*run, 0.0)
+                    # What is stored may have been written over grad_y.
+                    if store:
+                        first, second = sums_of_stored(at(grad_z, a), at(x, a), block, mean)
+                    else:
+                        first, second = sums_of(*run, 0.0)
                 sums[2 * c] += first
                 sums[2 * c + 1] += second
                 p += block

@@ -1,0 +1,104 @@
+"""Who holds a gradient that autograd hands to a backward: one that nobody else holds may be written over.
+
+torch's engine adds gradients up in place by the same rule. In C++ it can simply look; a backward in Python
+counts who holds the tensor in C++ and in Python, and who its memory. What these counts are for a gradient that
+nobody else holds depends on the versions of torch and Python, so that they are measured once, and with them
+whether every kind of other holder would show.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_Counts = tuple[int, int, int, int]
+
+_memory_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def has_no_other_holder(grad_y: Tensor) -> bool:
+    """Whether only the backward that autograd has handed it to, which is to be the caller, holds a gradient."""
+    if type(grad_y) is not Tensor or grad_y.requires_grad or (expected := _without_others()) is None:
+        return False
+    return _count(grad_y) == expected
+
+
+def _count(grad_y: Tensor) -> _Counts:
+    """Holders of the tensor in C++ and in Python, and of its memory in C++ and in Python."""
+    assert _memory_count is not None
+    memory = grad_y.untyped_storage()
+    in_cpp: int = grad_y._use_count()  # type: ignore[attr-defined]
+    return in_cpp, sys.getrefcount(grad_y), _memory_count(memory._cdata), sys.getrefcount(memory)
+
+
+@cache
+def _without_others() -> _Counts | None:
+    """The counts of a gradient that only a backward holds; None where another holder would not show."""
+    found: list[_Counts | None] = []
+
+    def look() -> None:
+        try:
+            found.append(_measure())
+        except Exception:  # whatever another version of torch may lack
+            found.append(None)
+
+    # A thread of its own has no hooks, modes and transforms of others.
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return found[0] if found else None
+
+
+def _measure() -> _Counts | None:
+    kept: list[Any] = []
+    alone = _counts_in(lambda y: y * 2)
+    if alone != _counts_in(_handed_on):
+        return None
+    with_others = [
+        _counts_in(lambda y: y * 2, lambda gradient: kept.append(gradient)),
+        _counts_in(lambda y: y * 2, lambda gradient: kept.append(gradient.detach())),
+        _counts_in(lambda y: y * 2, lambda gradient: kept.append(gradient[:1])),
+        _counts_in(lambda y: y * 2, lambda gradient: kept.append(gradient.untyped_storage())),
+        _counts_in(lambda y: y),
+    ]
+    return None if alone in with_others else alone
+
+
+def _counts_in(
+    follow: Callable[[Tensor], Tensor], hook: Callable[[Tensor], None] = lambda gradient: None
+) -> _Counts:
+    """The counts of a gradient in a backward, of something that is followed by more."""
+    seen: list[_Counts] = []
+    y = _Probe.apply(torch.ones(2, requires_grad=True), seen)
+    y.register_hook(hook)
+    outcome, gradient = follow(y), torch.ones(2)
+    outcome.backward(gradient)
+    return seen[0]
+
+
+def _handed_on(y: Tensor) -> Tensor:
+    """Its gradient is what another backward in Python has returned."""
+    return _Probe.apply(y, []) * 2
+
+
+class _Probe(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seen: list[_Counts]) -> Tensor:
+        ctx.seen = seen
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.seen.append(_seen_from_here(grad_y))
+        return grad_y, None
+
+
+def _seen_from_here(grad_y: Tensor) -> _Counts:
+    """As `has_no_other_holder` counts."""
+    return _count(grad_y)
