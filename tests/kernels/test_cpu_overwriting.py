@@ -1,4 +1,4 @@
-"""A gradient that nobody else holds is written over by the backward of the CPU kernels, with the same numbers."""
+"""The CPU kernels' backward writes over a gradient that nobody else holds, with the same numbers."""
 
 import itertools
 from functools import partial

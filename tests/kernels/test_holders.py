@@ -87,7 +87,7 @@ ALONE = {
     "of a matrix product": lambda layer, x: squared(layer(x) @ torch.randn(6, 6)).backward(),
     "of a backward in Python": lambda layer, x: squared(Identity.apply(layer(x))).backward(),
     "of the same layer": lambda layer, x: squared(layer(layer(x))).backward(),
-    "two that are added up": lambda layer, x: (lambda y: squared(y * 2) + squared(y * 3))(layer(x)).backward(),
+    "two that are added up": lambda layer, x: (squared((y := layer(x)) * 2) + squared(y * 3)).backward(),
     "of what is changed in place": lambda layer, x: squared((layer(x) + 1).relu_()).backward(),
     "twice": twice,
     "in a thread": in_a_thread,

@@ -1,9 +1,8 @@
 """Who holds a gradient that autograd hands to a backward: one that nobody else holds may be written over.
 
-torch's engine adds gradients up in place by the same rule. In C++ it can simply look; a backward in Python
-counts who holds the tensor in C++ and in Python, and who its memory. What these counts are for a gradient that
-nobody else holds depends on the versions of torch and Python, so that they are measured once, and with them
-whether every kind of other holder would show.
+torch's engine adds gradients up in place by the same rule. A backward in Python counts the holders of the
+tensor and of its memory, in C++ and in Python. The counts for a gradient that nobody else holds depend on the
+versions of torch and Python: they are measured once, and with them whether every kind of holder would show.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _memory_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def has_no_other_holder(grad_y: Tensor) -> bool:
-    """Whether only the backward that autograd has handed it to, which is to be the caller, holds a gradient."""
+    """Whether only the caller, the backward that autograd has handed this gradient to, holds it."""
     if type(grad_y) is not Tensor or grad_y.requires_grad or (expected := _without_others()) is None:
         return False
     return _count(grad_y) == expected

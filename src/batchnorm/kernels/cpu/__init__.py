@@ -240,7 +240,7 @@ class _Call(Call):
     def backward_over(
         self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
-        """As `backward`; one of them is written over grad_y, whose memory is not new and may be in a cache."""
+        """As `backward`; one of them is written over grad_y, for which no new memory has to be found."""
         return self._differentiate(in_layout_of(x, grad_y), x, extra, wanted, overwrites=True)
 
     def _differentiate(
@@ -248,15 +248,15 @@ class _Call(Call):
     ) -> tuple[Tensor | None, ...]:
         the_plan, activation, by_batch = self.plan, self.activation, self.by_batch
         wants_x, wants_weight, wants_bias, wants_residual = wanted
-        keeps_grad_y = not overwrites or (wants_residual and activation is None)
         grad_x = None
         if wants_x:
-            grad_x = _empty_like(x, the_plan) if keeps_grad_y or wants_residual else grad_y
+            # Where the residual's gradient is wanted, it has the memory of grad_y.
+            grad_x = grad_y if overwrites and not wants_residual else _empty_like(x, the_plan)
         grad_weight = torch.empty_like(the_plan.parameter) if wants_weight else None
         grad_bias = torch.empty_like(the_plan.parameter) if wants_bias else None
         grad_z = grad_residual = None
         if wants_residual:
-            grad_residual = _empty_like(x, the_plan) if activation is not None and not overwrites else grad_y
+            grad_residual = grad_y if overwrites or activation is None else _empty_like(x, the_plan)
             grad_z = None if activation is None else grad_residual
         elif wants_x and activation in COSTLY:
             grad_z = grad_x
