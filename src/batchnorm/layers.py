@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 
 from batchnorm import checks, distributed, functional, running, synchronised
 from batchnorm.context import in_backward, under_transform
-from batchnorm.kernels import choose, cpu, cuda, reference
+from batchnorm.kernels import choose, reference
 from batchnorm.kernels.choice import Choice
 from batchnorm.kernels.reference import ACTIVATIONS
 from batchnorm.moments import Moments
@@ -171,8 +171,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             if kernel is not reference and self.training:
                 return self._forward_moving(kernel, x, per_channel, residual, channel_dim)
             if kernel is not reference and _is_constant(mean) and _is_constant(var):
-                options = {"eps": self.eps, "channel_dim": channel_dim, "activation": self._activation}
-                return kernel.inference(x, mean, var, weight, bias, **options, residual=residual)
+                return kernel.inference(
+                    x, mean, var, weight, bias, eps=self.eps, channel_dim=channel_dim,
+                    activation=self._activation, residual=residual,
+                )  # fmt: skip
         else:
             channel_dim = self._check_input(x, residual, mask, group)
         return self._forward_any(x, residual, mask, channel_dim, group)
@@ -199,7 +201,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             return choice
         channel_dim = self._check_input(x, residual, None, None)
         kernel = choose(x, channel_dim, per_channel, residual, activation, training, training)
-        if not compiling and (kernel is cpu or kernel is cuda):
+        if not compiling and kernel is not reference:
             kept.keep(x, per_channel, residual, options, kernel, channel_dim)
         return kernel, channel_dim
 

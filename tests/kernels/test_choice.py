@@ -16,10 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm as bn
 from batchnorm import layers
-from batchnorm.kernels import choice, choose, cpu
+from batchnorm.kernels import choice, choose, cpu, native
+from batchnorm.kernels.choice import CALLS
 
 SHAPE = (32, 64, 8, 8)
 CHANNELS = SHAPE[1]
+# A size for a kernel of ours, and one for torch's operator.
+SHAPES = {cpu: SHAPE, native: (32, 16, 2, 2)}
+OF_BOTH = pytest.mark.parametrize("kernel", SHAPES, ids=["ours", "torch's"])
 
 pytestmark = pytest.mark.skipif(not cpu._work(), reason="no CPU kernels here")
 
@@ -51,10 +55,11 @@ def values(shape: tuple[int, ...] = SHAPE, **options: Any) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), **options)
 
 
-def kept_layer(**options: Any) -> tuple[nn.Module, Tensor]:
+def kept_layer(kernel: Any = cpu, **options: Any) -> tuple[nn.Module, Tensor]:
     """A layer that has kept its choice, and the input that it has kept it for."""
-    layer, x = bn.BatchNorm2d(CHANNELS, **options), values(requires_grad=True)
-    for _ in range(3):
+    shape = SHAPES[kernel]
+    layer, x = bn.BatchNorm2d(shape[1], **options), values(shape, requires_grad=True)
+    for _ in range(CALLS):
         layer(x)
     return layer, x
 
@@ -71,22 +76,29 @@ def kept_layer(**options: Any) -> tuple[nn.Module, Tensor]:
         (False, {"affine": False}),
     ],
 )
-def test_chooses_twice_and_then_no_more(
-    choices: Choices, training: bool, residual: bool, options: dict[str, bool]
+@pytest.mark.parametrize(("kernel", "shape"), [(cpu, (256, *SHAPE[1:])), (native, (8, CHANNELS, 1, 1))])
+def test_chooses_some_times_and_then_no_more(
+    choices: Choices,
+    kernel: Any,
+    shape: tuple[int, ...],
+    training: bool,
+    residual: bool,
+    options: dict[str, bool],
 ) -> None:
     layer = bn.BatchNorm2d(CHANNELS, activation="relu", **options).train(training)
-    inputs = [values((256, *SHAPE[1:]), requires_grad=True) for _ in range(1 + residual)]
-    assert [choices.during(lambda: layer(*inputs)) for _ in range(5)] == [1, 1, 0, 0, 0]
-    assert set(choices.made) == {cpu}
+    inputs = [values(shape, requires_grad=True) for _ in range(1 + residual)]
+    assert [choices.during(lambda: layer(*inputs)) for _ in range(CALLS + 2)] == [1] * CALLS + [0, 0]
+    assert set(choices.made) == {kernel}
 
 
-def test_other_tensors_that_are_alike_are_no_reason_to_choose(choices: Choices) -> None:
-    layer, _ = kept_layer()
+@OF_BOTH
+def test_other_tensors_that_are_alike_are_no_reason_to_choose(choices: Choices, kernel: Any) -> None:
+    layer, first = kept_layer(kernel)
     for seed in range(3):
-        x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), requires_grad=True)
-        fresh = bn.BatchNorm2d(CHANNELS)
+        x = torch.randn(first.shape, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+        fresh = bn.BatchNorm2d(layer.num_features)
         layer.load_state_dict(fresh.state_dict())
-        layer.weight = nn.Parameter(torch.full((CHANNELS,), 2.0))
+        layer.weight = nn.Parameter(torch.full((layer.num_features,), 2.0))
         fresh.weight = layer.weight
         assert choices.during(lambda x=x: layer(x)) == 0
         layer.load_state_dict(fresh.state_dict())
@@ -96,9 +108,15 @@ def test_other_tensors_that_are_alike_are_no_reason_to_choose(choices: Choices) 
 
 def test_shapes_that_change_with_every_call_are_not_compared(choices: Choices) -> None:
     layer = bn.BatchNorm2d(CHANNELS)
-    for batch in (32, 33, 32, 33, 32, 33):
+    for batch in [32, 33] * CALLS:
         assert choices.during(lambda batch=batch: layer(values((batch, *SHAPE[1:])))) == 1
     assert layer._choice._kept is None
+
+
+def test_after_another_call_nothing_is_kept_for_some_time(choices: Choices) -> None:
+    layer, x = kept_layer()
+    assert choices.during(lambda: layer.eval()(x)) == 1
+    assert [choices.during(lambda: layer.train()(x)) for _ in range(CALLS)] == [1] * (CALLS - 1) + [0]
 
 
 # What a layer may meet after it has kept a choice: changes of the layer, of the tensors, and of what runs it.
@@ -115,14 +133,14 @@ CHANGES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "negative view": lambda layer, x: layer(torch._neg_view(x)),
     "subclass": lambda layer, x: layer(x.as_subclass(_Subclass)).as_subclass(Tensor),
     "half precision": lambda layer, x: layer(x.bfloat16()),
-    "weight of another dtype": lambda layer, x: _other_weight(layer, torch.ones(CHANNELS).double())(x),
-    "weight with strides": lambda layer, x: _other_weight(layer, torch.arange(128.0)[::2])(x),
+    "weight of another dtype": lambda layer, x: _other_weight(layer, torch.ones(layer.num_features).double())(x),
+    "weight with strides": lambda layer, x: _other_weight(layer, torch.arange(2.0 * layer.num_features)[::2])(x),
     "frozen weight": lambda layer, x: _frozen(layer)(x),
     "no weight": lambda layer, x: _set(layer, weight=None, bias=None)(x),
     "no running statistics": lambda layer, x: _set(layer, running_mean=None, running_var=None)(x),
     "activation": lambda layer, x: _set(layer, activation="silu")(x),
     "an activation that is not fused": lambda layer, x: _set(layer, activation="selu")(x),
-    "channel_dim": lambda layer, x: _set(layer, channel_dim=-1)(x.detach().reshape(32, 8, 8, 64)),
+    "channel_dim": lambda layer, x: _set(layer, channel_dim=-1)(x.detach().movedim(1, -1).contiguous()),
     "ghost batches": lambda layer, x: _set(layer, ghost_batch_size=8)(x),
     "cumulative average": lambda layer, x: _set(layer, momentum=None)(x),
     "momentum": lambda layer, x: _set(layer, momentum=0.7)(x),
@@ -131,7 +149,7 @@ CHANGES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "renorm": lambda layer, x: _set(layer, renorm=(1.5, 0.5))(x),
     "skip_nonfinite": lambda layer, x: _set(layer, skip_nonfinite=True)(x / 0),
     "untracked": lambda layer, x: _set(layer, track_running_stats=False)(x),
-    "mask": lambda layer, x: layer(x, mask=torch.arange(8) < 5),
+    "mask": lambda layer, x: layer(x, mask=torch.arange(x.shape[-1]) < x.shape[-1] - 1),
     "no gradients": lambda layer, x: _in(torch.no_grad(), layer, x),
     "inference mode": lambda layer, x: _in(torch.inference_mode(), layer, x).clone(),
     "autocast": lambda layer, x: _in(torch.autocast("cpu"), layer, x),
@@ -143,9 +161,9 @@ CHANGES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "tracing": lambda layer, x: _traced(layer, x)(x),
     "memory-efficient": lambda layer, x: bn.memory_efficient(layer)(x),
     "three threads": lambda layer, x: _in(_threads(3), layer, x),
-    "wrong channels": lambda layer, x: layer(x[:, :32]),
+    "wrong channels": lambda layer, x: layer(x[:, :8]),
     "wrong rank": lambda layer, x: layer(x[0]),
-    "num_features": lambda layer, x: _set(layer, num_features=32)(x),
+    "num_features": lambda layer, x: _set(layer, num_features=8)(x),
     "integers": lambda layer, x: layer(x.detach().int()),
     "no tensor": lambda layer, x: layer([1.0]),
     "residual of another shape": lambda layer, x: layer(x, x[:1]),
@@ -155,10 +173,11 @@ CHANGES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 HARMLESS = {"momentum", "eps", "untracked", "three threads"}
 
 
+@OF_BOTH
 @pytest.mark.parametrize("change", CHANGES)
-def test_after_a_change_a_layer_does_what_a_new_one_does(choices: Choices, change: str) -> None:
-    layer, x = kept_layer(activation="relu")
-    fresh = bn.BatchNorm2d(CHANNELS, activation="relu")
+def test_after_a_change_a_layer_does_what_a_new_one_does(choices: Choices, change: str, kernel: Any) -> None:
+    layer, x = kept_layer(kernel, activation="relu")
+    fresh = bn.BatchNorm2d(layer.num_features, activation="relu")
     fresh.load_state_dict(layer.state_dict())
     assert choices.during(lambda: layer(x)) == 0
     layer.load_state_dict(fresh.state_dict())
@@ -168,11 +187,12 @@ def test_after_a_change_a_layer_does_what_a_new_one_does(choices: Choices, chang
     assert again == expected
 
 
+@OF_BOTH
 @pytest.mark.parametrize("change", sorted(CHANGES.keys() - HARMLESS))
 def test_a_change_is_not_answered_by_the_choice_that_is_kept(
-    change: str, monkeypatch: pytest.MonkeyPatch
+    change: str, kernel: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer, x = kept_layer(activation="relu")
+    layer, x = kept_layer(kernel, activation="relu")
     monkeypatch.setattr(layer._choice, "_kept", (*layer._choice._kept[:2], (_NoKernel(), 1)))
     with pytest.raises(_Answered):
         layer(x)
@@ -301,7 +321,7 @@ def test_without_torchs_comparison_every_call_chooses(
 ) -> None:
     monkeypatch.setattr(choice, "_TensorGuards", None)
     layer = bn.BatchNorm2d(CHANNELS)
-    assert [choices.during(lambda: layer(values())) for _ in range(4)] == [1] * 4
+    assert [choices.during(lambda: layer(values())) for _ in range(CALLS + 2)] == [1] * (CALLS + 2)
 
 
 def test_nothing_is_kept_alive() -> None:
@@ -315,7 +335,7 @@ def test_nothing_is_kept_alive() -> None:
 def test_fused_layers_keep_theirs_and_that_of_waiting(choices: Choices) -> None:
     model = bn.convert(nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU()))
     x = values(requires_grad=True)
-    assert [choices.during(lambda: model(x)) for _ in range(4)] == [2, 2, 0, 0]
+    assert [choices.during(lambda: model(x)) for _ in range(CALLS + 2)] == [2] * CALLS + [0, 0]
     assert choices.during(lambda: model(x[:16])) == 2
 
 
@@ -323,7 +343,7 @@ def test_revert_leaves_nothing_behind() -> None:
     model = nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU())
     before = set(model[0].__dict__)
     bn.convert(model)
-    for _ in range(3):
+    for _ in range(CALLS):
         model(values(requires_grad=True))
     assert None not in (model[0]._choice._kept, model[0]._wait_choice._kept)
     assert set(bn.revert(model)[0].__dict__) == before

@@ -17,6 +17,8 @@ from batchnorm.kernels.cpu import is_deterministic
 # chooses.
 _TensorGuards = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
 
+CALLS = 16
+
 _Optional = Tensor | None
 _Options = tuple[Any, ...]
 
@@ -26,17 +28,17 @@ class Choice:
 
     `choose` asks torch some forty questions, a quarter of a small layer's forward. Torch itself compares all
     tensors at once: by Python type, dispatch keys, dtype, device, sizes, strides and `requires_grad`. What it
-    compares with is kept at the second call in a row of the same kind: where shapes change with every call,
-    it would not be worth its time.
+    compares with takes a few calls' time to make, so that it is made for the last of CALLS in a row of one shape.
 
     Deep copies and pickles of a layer begin anew.
     """
 
-    __slots__ = ("_kept", "_seen")
+    __slots__ = ("_calls", "_kept", "_shape")
 
     def __init__(self) -> None:
         self._kept: tuple[_Options, Callable[..., bool], tuple[ModuleType, int]] | None = None
-        self._seen: _Options | None = None
+        self._shape: torch.Size | None = None
+        self._calls = 0
 
     def __reduce__(self) -> tuple[type[Choice], tuple[()]]:
         return Choice, ()
@@ -51,6 +53,7 @@ class Choice:
         tensors = _present(x, per_channel, residual)
         if circumstances == _circumstances(tensors, options) and are_alike(*tensors):
             return choice
+        self._kept, self._calls = None, 0
         return None
 
     def keep(
@@ -62,18 +65,18 @@ class Choice:
         kernel: ModuleType,
         channel_dim: int,
     ) -> None:
-        """For `recall`, unless this is the first call of its kind."""
+        """For `recall`, at the last of CALLS in a row."""
         if _TensorGuards is None:
             return
-        tensors = _present(x, per_channel, residual)
-        circumstances = _circumstances(tensors, options)
-        seen = circumstances, x.dtype, x.requires_grad, x.shape, x.stride()
-        if seen != self._seen:
-            self._seen = seen
+        if x.shape != self._shape:
+            self._shape, self._calls = x.shape, 0
+        self._calls += 1
+        if self._calls < CALLS:
             return
+        tensors = _present(x, per_channel, residual)
         sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
         guards = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        self._kept = circumstances, guards.check, (kernel, channel_dim)
+        self._kept = _circumstances(tensors, options), guards.check, (kernel, channel_dim)
 
 
 def _present(x: Tensor, per_channel: tuple[_Optional, ...], residual: _Optional) -> tuple[Tensor, ...]:

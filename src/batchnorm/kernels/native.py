@@ -21,7 +21,7 @@ def supports(x: Tensor, parameters: tuple[Tensor | None, ...] = ()) -> bool:
     dtype = x.dtype
     wanted = torch.float32 if dtype in _HALF else dtype
     for parameter in parameters:
-        if parameter is not None and parameter.dtype != wanted:
+        if parameter is not None and parameter.dtype is not wanted:
             return False
     return x.numel() > 0
 
@@ -61,7 +61,7 @@ def inference(
 ) -> Tensor:
     """As `reference.inference`."""
     y = _call(x, weight, bias, running_mean, running_var, False, 0.0, eps, channel_dim)
-    return finish(y, activation, residual)
+    return y if activation is None and residual is None else finish(y, activation, residual)
 
 
 def training_and_moving(
@@ -100,9 +100,11 @@ def _call(
     channel_dim: int,
 ) -> Tensor:
     """`torch.batch_norm` for channels along any dimension; moves the running statistics when training."""
-    rest = (weight, bias, running_mean, running_var, training, momentum, eps, cudnn.enabled)
     if channel_dim == 1:
-        return torch.batch_norm(x, *rest)
+        return torch.batch_norm(
+            x, weight, bias, running_mean, running_var, training, momentum, eps, cudnn.enabled
+        )
+    rest = (weight, bias, running_mean, running_var, training, momentum, eps, cudnn.enabled)
     if not x.is_contiguous():
         return torch.batch_norm(x.movedim(channel_dim, 1), *rest).movedim(1, channel_dim)
     # (before, C, after), or (before, C) when the channels are last: a view, and a layout it is fast on.

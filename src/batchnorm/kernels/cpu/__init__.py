@@ -28,6 +28,7 @@ is_deterministic = getattr(
 # From how many values on a kernel called from Python is faster than torch's operators: over rows, over runs,
 # and over runs of up to 4 positions, by (in training, with a graph, without activation and residual). Some
 # are faster from fewer than 4096 on, but nobody should wait for a compiler there.
+SMALLEST_OF_ALL = 4096
 SMALLEST = {
     (True, True, True): (65536, 32768, 8192),
     (True, True, False): (32768, 32768, 8192),
@@ -77,7 +78,9 @@ def supports(
 
 def pays(x: Tensor, channel_dim: int, training: bool, activation: str | None, has_residual: bool) -> bool:
     """Whether a kernel makes up for being called from Python."""
-    size, stride, graph = x.numel(), x.stride(channel_dim), torch.is_grad_enabled()
+    if (size := x.numel()) < SMALLEST_OF_ALL:
+        return False
+    stride, graph = x.stride(channel_dim), torch.is_grad_enabled()
     if activation == "gelu" and x.dtype is torch.float32 and not training and not graph:
         return size >= SMALLEST_GELU
     over_rows, over_runs, over_short_runs = SMALLEST[training, graph, activation is None and not has_residual]
