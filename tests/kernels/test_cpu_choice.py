@@ -88,8 +88,10 @@ def test_the_choice_by_size(monkeypatch):
     assert chosen(32640) is chosen(65408, True) is chosen(32640, **fused) is native
     assert chosen(8192, positions=4) is cpu
     assert chosen(8192, positions=8) is chosen(8184, positions=4) is native
-    assert chosen(524288, training=False) is chosen(131072, training=False, **fused) is cpu
-    assert chosen(524160, True, training=False) is chosen(130944, training=False, **fused) is native
+    assert chosen(2097152, training=False) is chosen(524288, True, training=False) is cpu
+    assert chosen(2097024, training=False) is chosen(524160, True, training=False) is native
+    assert chosen(131072, training=False, **fused) is cpu
+    assert chosen(130944, training=False, **fused) is native
     with torch.no_grad():
         assert chosen(4096) is cpu
         assert chosen(3968) is native

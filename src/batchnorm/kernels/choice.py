@@ -28,7 +28,7 @@ class Choice:
 
     `choose` asks torch some forty questions, a quarter of a small layer's forward. Torch itself compares all
     tensors at once: by Python type, dispatch keys, dtype, device, sizes, strides and `requires_grad`. What it
-    compares with takes a few calls' time to make, so that it is made for the last of CALLS in a row of one shape.
+    compares with takes a call's time to make, so that it is made for the last of CALLS in a row of one shape.
 
     Deep copies and pickles of a layer begin anew.
     """

@@ -34,7 +34,7 @@ SMALLEST = {
     (True, True, False): (32768, 32768, 8192),
     (True, False, True): (4096, 4096, 4096),
     (True, False, False): (4096, 4096, 4096),
-    (False, True, True): (524288, 524288, 8192),
+    (False, True, True): (524288, 2097152, 8192),
     (False, True, False): (131072, 131072, 8192),
     (False, False, True): (65536, math.inf, 32768),
     (False, False, False): (65536, 65536, 16384),
