@@ -3,13 +3,14 @@
 Beside the same network without batch norm, with torch.nn's, and with ours in new memory only.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from batchnorm.kernels import cpu
+from batchnorm.kernels import autograd
+from batchnorm.kernels.holders import has_no_other_holder
 from batchnorm.lab.bench_nets import NO_NORM, TAILS, ResNet18
 from batchnorm.lab.bench_probes import Contender, take_turns
 from batchnorm.lab.bench_results import OURS, TORCH
@@ -17,16 +18,15 @@ from batchnorm.lab.machine import machine_line
 
 IMAGES = [(16, 64), (16, 128), (16, 224), (32, 224)]
 IN_NEW_MEMORY = "ours in new memory"
-SMALLEST = cpu._Call.SMALLEST_OVERWRITTEN
 SECONDS = 120
 
 
 def contenders(batch: int, size: int) -> dict[str, Contender]:
     images, labels = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
 
-    def step(model: torch.nn.Module, overwritten_from: float) -> Callable[[], None]:
+    def step(model: torch.nn.Module, look: Callable[[Tensor], bool]) -> Callable[[], None]:
         def run() -> None:
-            cpu._Call.SMALLEST_OVERWRITTEN = overwritten_from  # type: ignore[misc]
+            autograd.has_no_other_holder = look
             F.cross_entropy(model(images), labels).backward()
 
         return run
@@ -34,8 +34,8 @@ def contenders(batch: int, size: int) -> dict[str, Contender]:
     found = {}
     for name, tail in TAILS.items():
         model = ResNet18(tail)
-        found[name] = Contender(step(model, SMALLEST), list(model.parameters()))
-    found[IN_NEW_MEMORY] = Contender(step(model, math.inf), list(model.parameters()))
+        found[name] = Contender(step(model, has_no_other_holder), list(model.parameters()))
+    found[IN_NEW_MEMORY] = Contender(step(model, lambda gradient: False), list(model.parameters()))
     return found
 
 

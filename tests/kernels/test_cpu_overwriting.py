@@ -1,5 +1,6 @@
 """The CPU kernels' backward writes over a gradient that nobody else holds, with the same numbers."""
 
+import importlib
 import itertools
 from functools import partial
 
@@ -14,6 +15,9 @@ from tests.kernels.cpu_checks import CPU, LAST, LAYOUTS, inputs
 from tests.kernels.definition import EPS
 
 pytestmark = CPU
+
+# The package has a function of the module's name.
+planning = importlib.import_module("batchnorm.kernels.cpu.plan")
 
 # Cheap and costly ones, with a slope that is told by bits, by the output, or by the residual.
 ACTIVATIONS = [None, "relu", "leaky_relu", "hardswish", "silu"]
@@ -42,7 +46,7 @@ def test_the_same_numbers_as_in_new_memory(shape, last, activation, with_residua
             continue
         new, over = grad.clone(), grad.clone()
         expected = call.backward(new, x, extra, wanted)
-        got = call.backward_over(over, x, extra, wanted)
+        got = call.backward(over, x, extra, wanted, may_overwrite=True)
         assert torch.equal(new, grad)
         for a, b in zip(expected, got, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
@@ -61,8 +65,20 @@ def test_a_gradient_in_another_layout_is_left_alone(small_gradients_too):
 
 
 @pytest.fixture
-def small_gradients_too(monkeypatch):
-    monkeypatch.setattr(cpu._Call, "SMALLEST_OVERWRITTEN", 0)
+def large_from(monkeypatch):
+    """Sets from how many bytes on tensors are large."""
+
+    def set_size(size):
+        monkeypatch.setattr(planning, "LARGE", size)
+        planning.plan.cache_clear()
+
+    yield set_size
+    planning.plan.cache_clear()
+
+
+@pytest.fixture
+def small_gradients_too(large_from):
+    large_from(0)
 
 
 SHAPE = (4, 8, 6, 6)
@@ -171,7 +187,7 @@ USES = {
 
 @pytest.mark.parametrize("activation", ["relu", None])
 @pytest.mark.parametrize("name", USES)
-def test_whoever_holds_a_gradient_keeps_it(name, activation, small_gradients_too, monkeypatch):
+def test_whoever_holds_a_gradient_keeps_it(name, activation, small_gradients_too, large_from):
     layer = bn.BatchNorm2d(8, activation=activation)
     x = torch.randn(SHAPE).requires_grad_()
 
@@ -190,7 +206,7 @@ def test_whoever_holds_a_gradient_keeps_it(name, activation, small_gradients_too
 
     got = gradients()
     layer._backward_hooks.clear()
-    monkeypatch.setattr(cpu._Call, "SMALLEST_OVERWRITTEN", float("inf"))
+    large_from(float("inf"))
     for a, b in zip(got, gradients(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from copy import copy
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +34,13 @@ class Call(ABC):
         slope_from: what tells the slope of the activation: z computed from "x", that and the "residual",
             the "output", or "bits", one for each value.
         bits: those that `forward` is to leave, until autograd has them.
+        overwrites: whether `backward` would rather write over the gradient of y than find new memory.
     """
 
     __slots__ = (
-        "activation", "bias", "bits", "by_batch", "channel_dim", "eps", "slope_from", "unfused", "versions",
-        "weight",
+        "activation", "bias", "bits", "by_batch", "channel_dim", "eps", "overwrites", "slope_from", "unfused",
+        "versions", "weight",
     )  # fmt: skip
-    # From how many bytes on a gradient is looked at, whether it may be written over.
-    SMALLEST_OVERWRITTEN: ClassVar[float] = math.inf
 
     def __init__(
         self, channel_dim: int, by_batch: bool, eps: float, activation: str | None, residual: Tensor | None
@@ -60,6 +58,7 @@ class Call(ABC):
         self.bias: Tensor | None = None
         self.versions: tuple[int, int] = (0, 0)
         self.bits: Tensor | None = None
+        self.overwrites = False
 
     @abstractmethod
     def forward(
@@ -73,15 +72,14 @@ class Call(ABC):
 
     @abstractmethod
     def backward(
-        self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        extra: Tensor | None,
+        wanted: tuple[bool, ...],
+        may_overwrite: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of x, weight, bias and residual."""
-
-    def backward_over(
-        self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
-    ) -> tuple[Tensor | None, ...]:
-        """As `backward`; one of them is written over grad_y, where that pays."""
-        return self.backward(grad_y, x, extra, wanted)
+        """Gradients of x, weight, bias and residual, one of which may be written over grad_y if so told."""
 
     @abstractmethod
     def mean_and_invstd(self) -> tuple[Tensor, Tensor]:
@@ -185,9 +183,8 @@ class _Normalise(torch.autograd.Function):
         extra = rest[0] if rest else None
         wanted, create_graph = ctx.needs_input_grad[:4], torch.is_grad_enabled()
         if not create_graph and has_memory(grad_y):
-            may_overwrite = grad_y.nbytes >= call.SMALLEST_OVERWRITTEN and has_no_other_holder(grad_y)
-            differentiate = call.backward_over if may_overwrite else call.backward
-            return (*differentiate(grad_y, x, extra, wanted), None)
+            may_overwrite = call.overwrites and has_no_other_holder(grad_y)
+            return (*call.backward(grad_y, x, extra, wanted, may_overwrite), None)
         with torch.enable_grad():
             return (*call.backward_by_torch(grad_y, x, extra, wanted, create_graph), None)
 

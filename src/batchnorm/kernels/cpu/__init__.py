@@ -15,7 +15,7 @@ from batchnorm import recipes
 from batchnorm.kernels.autograd import Call, are_plain, can_run_here, in_layout_of
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu import launch, team
-from batchnorm.kernels.cpu.pages import LARGE, in_huge_pages
+from batchnorm.kernels.cpu.pages import in_huge_pages
 from batchnorm.kernels.cpu.plan import COSTLY, DTYPES, Plan, function, plan
 from batchnorm.kernels.layout import planned
 from batchnorm.moments import Moments
@@ -180,7 +180,6 @@ class _Call(Call):
     """A normalisation by the CPU kernels."""
 
     __slots__ = ("plan", "running", "statistics", "table")
-    SMALLEST_OVERWRITTEN = LARGE
 
     def __init__(
         self,
@@ -195,6 +194,7 @@ class _Call(Call):
         the_plan = _plan(x, channel_dim)
         assert the_plan is not None  # by `supports`
         self.plan = the_plan
+        self.overwrites = the_plan.is_large
         self.statistics = statistics
         self.table = torch.empty_like(the_plan.table)
         # Addresses of the running mean, variance and counter, and the momentum.
@@ -234,23 +234,18 @@ class _Call(Call):
         return self.table[f.MEAN], self.table[f.INVSTD]
 
     def backward(
-        self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        extra: Tensor | None,
+        wanted: tuple[bool, ...],
+        may_overwrite: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of x, weight, bias and residual."""
-        given, grad_y = grad_y, in_layout_of(x, grad_y)
-        return self._differentiate(grad_y, x, extra, wanted, overwrites=grad_y is not given)
-
-    def backward_over(
-        self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
-    ) -> tuple[Tensor | None, ...]:
-        """As `backward`; one of them is written over grad_y, for which no new memory has to be found."""
-        return self._differentiate(in_layout_of(x, grad_y), x, extra, wanted, overwrites=True)
-
-    def _differentiate(
-        self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...], overwrites: bool
-    ) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight, bias and residual, one of which is written over grad_y if it may be."""
         the_plan, activation, by_batch = self.plan, self.activation, self.by_batch
         wants_x, wants_weight, wants_bias, wants_residual = wanted
+        given, grad_y = grad_y, in_layout_of(x, grad_y)
+        overwrites = may_overwrite or grad_y is not given
         grad_x = None
         if wants_x:
             # Where the residual's gradient is wanted, it has the memory of grad_y.

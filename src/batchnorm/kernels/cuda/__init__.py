@@ -211,7 +211,12 @@ class _Call(Call):
         return self.table[_launch().MEAN], self.table[_launch().INVSTD]
 
     def backward(
-        self, grad_y: Tensor, x: Tensor, extra: Tensor | None, wanted: tuple[bool, ...]
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        extra: Tensor | None,
+        wanted: tuple[bool, ...],
+        may_overwrite: bool = False,
     ) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight, bias and residual."""
         launch, activation, slope_from = _launch(), self.activation, self.slope_from
