@@ -17,6 +17,8 @@ from batchnorm.kernels.cpu import is_deterministic
 # chooses.
 _TensorGuards = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
 
+# With fewer, a layer that is called some times with each shape, or in training and eval mode by turns, would
+# lose more by comparing than it gains.
 CALLS = 16
 
 _Optional = Tensor | None
@@ -65,7 +67,7 @@ class Choice:
         kernel: ModuleType,
         channel_dim: int,
     ) -> None:
-        """For `recall`, at the last of CALLS in a row."""
+        """For `recall`, if it is the last of CALLS in a row."""
         if _TensorGuards is None:
             return
         if x.shape != self._shape:

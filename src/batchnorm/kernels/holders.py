@@ -8,8 +8,8 @@ versions of torch and Python: they are measured once, and with them whether ever
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -39,19 +39,12 @@ def _count(grad_y: Tensor) -> _Counts:
 @cache
 def _without_others() -> _Counts | None:
     """The counts of a gradient that only a backward holds; None where another holder would not show."""
-    found: list[_Counts | None] = []
-
-    def look() -> None:
-        try:
-            found.append(_measure())
-        except Exception:  # whatever another version of torch may lack
-            found.append(None)
-
     # A thread of its own has no hooks, modes and transforms of others.
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
-    return found[0] if found else None
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(_measure).result()
+    except Exception:  # whatever another version of torch may lack; no more threads while Python ends
+        return None
 
 
 def _measure() -> _Counts | None:
