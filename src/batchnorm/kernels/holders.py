@@ -58,19 +58,27 @@ def _measure() -> _Counts | None:
         _counts_in(lambda y: y * 2, lambda gradient: kept.append(gradient[:1])),
         _counts_in(lambda y: y * 2, lambda gradient: kept.append(gradient.untyped_storage())),
         _counts_in(lambda y: y),
+        _counts_in(lambda y: y * 2, asked_for=True),
     ]
     return None if alone in with_others else alone
 
 
 def _counts_in(
-    follow: Callable[[Tensor], Tensor], hook: Callable[[Tensor], None] = lambda gradient: None
+    follow: Callable[[Tensor], Tensor],
+    hook: Callable[[Tensor], None] = lambda gradient: None,
+    asked_for: bool = False,
 ) -> _Counts:
-    """The counts of a gradient in a backward, of something that is followed by more."""
+    """The counts of a gradient in a backward, of something that is followed by more.
+
+    Args:
+        asked_for: the caller asks for this gradient, too, which torch holds in C++ until the end.
+    """
     seen: list[_Counts] = []
-    y = _Probe.apply(torch.ones(2, requires_grad=True), seen)
+    x = torch.ones(2, requires_grad=True)
+    y = _Probe.apply(x, seen)
     y.register_hook(hook)
     outcome, gradient = follow(y), torch.ones(2)
-    outcome.backward(gradient)
+    torch.autograd.grad(outcome, [x, y] if asked_for else [x], gradient)
     return seen[0]
 
 

@@ -100,11 +100,9 @@ def _call(
     channel_dim: int,
 ) -> Tensor:
     """`torch.batch_norm` for channels along any dimension; moves the running statistics when training."""
-    if channel_dim == 1:
-        return torch.batch_norm(
-            x, weight, bias, running_mean, running_var, training, momentum, eps, cudnn.enabled
-        )
     rest = (weight, bias, running_mean, running_var, training, momentum, eps, cudnn.enabled)
+    if channel_dim == 1:
+        return torch.batch_norm(x, *rest)
     if not x.is_contiguous():
         return torch.batch_norm(x.movedim(channel_dim, 1), *rest).movedim(1, channel_dim)
     # (before, C, after), or (before, C) when the channels are last: a view, and a layout it is fast on.

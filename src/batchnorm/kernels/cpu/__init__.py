@@ -28,7 +28,6 @@ is_deterministic = getattr(
 # From how many values on a kernel called from Python is faster than torch's operators: over rows, over runs,
 # and over runs of up to 4 positions, by (in training, with a graph, without activation and residual). Some
 # are faster from fewer than 4096 on, but nobody should wait for a compiler there.
-SMALLEST_OF_ALL = 4096
 SMALLEST = {
     (True, True, True): (65536, 32768, 8192),
     (True, True, False): (32768, 32768, 8192),
@@ -39,6 +38,7 @@ SMALLEST = {
     (False, False, True): (65536, math.inf, 32768),
     (False, False, False): (65536, 65536, 16384),
 }
+SMALLEST_OF_ALL = min(min(sizes) for sizes in SMALLEST.values())
 # In eval mode without a graph torch's GELU in float32, which keeps fewer digits far below 0, is faster while
 # the output fits a cache.
 SMALLEST_GELU = 4 * 1024 * 1024

@@ -218,7 +218,7 @@ class _Call(Call):
         wanted: tuple[bool, ...],
         may_overwrite: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of x, weight, bias and residual."""
+        """Gradients of x, weight, bias and residual, in new memory: torch keeps a GPU's for the next step."""
         launch, activation, slope_from = _launch(), self.activation, self.slope_from
         wants_x, wants_weight, wants_bias, wants_residual = wanted
         grad_y = in_layout_of(x, grad_y)
