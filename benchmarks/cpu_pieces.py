@@ -34,7 +34,7 @@ def pieces(shape: tuple[int, ...]) -> dict[str, Callable[[], object]]:
     watched = x.clone().requires_grad_()
     layer, theirs = bn.BatchNorm2d(shape[1], activation="relu"), torch.nn.BatchNorm2d(shape[1])
     weight, bias = layer.weight.detach(), layer.bias.detach()
-    call = cpu._Call(x, 1, fields.OF_BATCH, layer.eps, "relu", None)
+    call = cpu.Call(x, 1, fields.OF_BATCH, layer.eps, "relu", None)
 
     def kernel_forward() -> object:
         return call.forward(x, weight, bias, None)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from batchnorm import checks, distributed, functional, running, synchronised
 from batchnorm.context import in_backward, under_transform
@@ -165,11 +164,20 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             ValueError: a wrong shape, or one value per channel in training.
         """
         group = None if self._sync is False else self._group()
-        if mask is None and group is None and (not self.training or self._moves_as_torch()):
+        if mask is None and group is None:
+            training = self.training
             per_channel = weight, bias, mean, var = self._per_channel()
-            kernel, channel_dim = self._choose(self._choice, x, per_channel, residual, self._activation)
-            if kernel is not reference and self.training:
-                return self._forward_moving(kernel, x, per_channel, residual, channel_dim)
+            kernel, channel_dim = self._choose(
+                self._choice, x, per_channel, residual, self._activation, training
+            )
+            if kernel is not reference and training:
+                counter = self._buffers["num_batches_tracked"]
+                if not self.track_running_stats or in_backward():
+                    mean, var, counter = self._unmoved(mean, var)
+                return kernel.training_and_moving(
+                    x, weight, bias, mean, var, counter, self.momentum, self.eps, channel_dim,
+                    self._activation, residual,
+                )  # fmt: skip
             if kernel is not reference and _is_constant(mean) and _is_constant(var):
                 return kernel.inference(
                     x, mean, var, weight, bias, eps=self.eps, channel_dim=channel_dim,
@@ -193,15 +201,25 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         per_channel: tuple[Tensor | None, ...],
         residual: Tensor | None,
         activation: str | None,
-    ) -> tuple[ModuleType, int]:
-        """The kernel for tensors that are seen to fit, without a mask or a group, and `channel_dim`."""
-        compiling, training = is_compiling(), self.training
-        options = training, activation, self.channel_dim, self.num_features
-        if not compiling and (choice := kept.recall(x, per_channel, residual, options)) is not None:
+        moving: bool,
+    ) -> tuple[Any, int]:
+        """The kernel for tensors that are seen to fit, without a mask or a group, and `channel_dim`.
+
+        Args:
+            moving: the kernel is to move the running statistics, if they move as torch's do.
+        """
+        training = self.training
+        options = (
+            training, activation, self.channel_dim, self.num_features, self.momentum is None, self.correction,
+            self.ghost_batch_size, self._renorm, self.skip_nonfinite,
+        )  # fmt: skip
+        if not is_dynamo_compiling() and (choice := kept.recall(x, per_channel, residual, options)):
             return choice
         channel_dim = self._check_input(x, residual, None, None)
+        if moving and not self._moves_as_torch():
+            return reference, channel_dim
         kernel = choose(x, channel_dim, per_channel, residual, activation, training, training)
-        if not compiling and kernel is not reference:
+        if not is_compiling() and kernel is not reference:
             kept.keep(x, per_channel, residual, options, kernel, channel_dim)
         return kernel, channel_dim
 
@@ -220,28 +238,12 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             and not self.skip_nonfinite
         )
 
-    def _forward_moving(
-        self,
-        kernel: ModuleType,
-        x: Tensor,
-        per_channel: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-        residual: Tensor | None,
-        channel_dim: int,
-    ) -> Tensor:
-        """By a kernel that moves the running statistics itself."""
-        weight, bias, mean, var = per_channel
-        counter = self._buffers["num_batches_tracked"]
-        if in_backward() or not self.track_running_stats:
-            counter = None
-            if mean is not None and var is not None and self.track_running_stats:
-                # Run again by a checkpoint: it must save as many tensors as the first time, and move none.
-                mean, var = mean.clone(), var.clone()
-            else:
-                mean = var = None
-        momentum = 0.0 if self.momentum is None else self.momentum
-        return kernel.training_and_moving(
-            x, weight, bias, mean, var, counter, momentum, self.eps, channel_dim, self._activation, residual
-        )
+    def _unmoved(self, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        """What a kernel that moves running statistics is given where they are not to move."""
+        if mean is not None and var is not None and self.track_running_stats:
+            # Run again by a checkpoint: it must save as many tensors as the first time.
+            return mean.clone(), var.clone(), None
+        return None, None, None
 
     def _forward_any(
         self, x: Tensor, residual: Tensor | None, mask: Tensor | None, channel_dim: int, group: Any

@@ -170,7 +170,7 @@ CHANGES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "empty": lambda layer, x: layer(x[:0]),
 }
 # Changes that no choice depends on.
-HARMLESS = {"momentum", "eps", "untracked", "three threads"}
+HARMLESS = {"momentum", "eps", "untracked"}
 
 
 @OF_BOTH

@@ -16,7 +16,7 @@ NAMES = ["relu", "relu6", "leaky_relu"]
 SIZES = [49, 63, 64, 65, 95, 96, 97, 128, 4095, 4096, 4097]
 
 
-class ByOutput(cpu._Call):
+class ByOutput(cpu.Call):
     def leave_bits(self):
         pass
 
@@ -25,7 +25,7 @@ def normalise(tensors, activation, slope_from, running=None):
     """x, weight, bias and residual, normalised, with the slope from the bits or the output."""
     x, _, _, residual = tensors
     statistics = fields.OF_BATCH if running is None else fields.RUNNING
-    kind = cpu._Call if slope_from == "bits" else ByOutput
+    kind = cpu.Call if slope_from == "bits" else ByOutput
     call = kind(x, 1, statistics, EPS, activation, residual)
     if running is not None:
         call.running = *(tensor.data_ptr() for tensor in running), 0, 0.0
@@ -117,7 +117,7 @@ def test_what_is_kept_and_what_may_change():
 @pytest.mark.parametrize("activation", [None, "silu", "hardswish"])
 def test_only_slopes_of_1_and_one_other_are_bits(activation):
     x, weight, bias, residual, _ = inputs((4, 5, 200))
-    call = cpu._Call(x, 1, fields.OF_BATCH, EPS, activation, residual)
+    call = cpu.Call(x, 1, fields.OF_BATCH, EPS, activation, residual)
     call.run(x.requires_grad_(), weight, bias, residual)
     assert call.slope_from != "bits"
 
@@ -127,7 +127,7 @@ def test_no_bits_where_nobody_wants_a_gradient(graph):
     x, weight, bias, residual, _ = inputs((4, 5, 200))
     with torch.set_grad_enabled(graph):
         y = normalise((x, weight, bias, residual), "relu", "output")
-        call = cpu._Call(x, 1, fields.OF_BATCH, EPS, "relu", residual)
+        call = cpu.Call(x, 1, fields.OF_BATCH, EPS, "relu", residual)
         again = call.run(x, weight, bias, residual)
     assert call.slope_from == "output"
     with_bits = normalise((x.requires_grad_(), weight, bias, residual), "relu", "bits")
@@ -137,7 +137,7 @@ def test_no_bits_where_nobody_wants_a_gradient(graph):
 
 def test_an_output_is_built_again_without_bits():
     x, weight, bias, residual, _ = inputs((4, 5, 200))
-    call = cpu._Call(x, 1, fields.OF_BATCH, EPS, "relu", residual)
+    call = cpu.Call(x, 1, fields.OF_BATCH, EPS, "relu", residual)
     y = call.run(x.requires_grad_(), weight, bias, residual)
     assert call.slope_from == "bits"
     assert torch.equal(call.again(x, residual), y)

@@ -25,7 +25,7 @@ ACTIVATIONS = [None, "relu", "leaky_relu", "hardswish", "silu"]
 
 def called(x, weight, bias, residual, activation):
     """A call that is ready for its backward, and what it has kept to tell the slope."""
-    call = cpu._Call(x, 1, fields.OF_BATCH, EPS, activation, residual)
+    call = cpu.Call(x, 1, fields.OF_BATCH, EPS, activation, residual)
     if call.slope_from == "output":
         call.leave_bits()
     y = call.forward(x, weight, bias, residual)

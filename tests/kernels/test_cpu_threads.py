@@ -34,7 +34,7 @@ def dirty_memory(monkeypatch):
         return made.fill_(value if made.is_floating_point() else -bool(value))
 
     def fill(value):
-        launch._work_memory(100_000)
+        launch._scratch.grow(100_000)
         launch._scratch.memory.fill_(value)
         for name, make in makers.items():
             monkeypatch.setattr(
@@ -71,7 +71,7 @@ def test_an_output_is_built_again_to_the_bit(threads, shape, last, count):
     """Whatever the number of threads is by then."""
     threads(count)
     x, weight, bias, residual, _ = inputs(shape, last=last)
-    call = cpu._Call(x, 1, fields.OF_BATCH, EPS, "silu", residual)
+    call = cpu.Call(x, 1, fields.OF_BATCH, EPS, "silu", residual)
     y = call.run(x, weight, bias, residual)
     for later in (1, 2, 3):
         threads(later)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import batchnorm as bn
 from batchnorm import recipes
 from batchnorm.kernels import cpu
+from batchnorm.kernels.cpu.plan import plan
 from batchnorm.lab.bench_nets import OURS, TAILS, TORCH, ResNet18
 from batchnorm.lab.bench_probes import held_bytes
 
@@ -43,13 +44,13 @@ def _seed_and_one_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the outputs that were rebuilt."""
     shapes: list[tuple[int, ...]] = []
-    again = cpu._Call.again
+    again = cpu.Call.again
 
     def counted(self: Any, x: Tensor, residual: Tensor | None) -> Tensor:
         shapes.append(tuple(x.shape))
         return again(self, x, residual)
 
-    monkeypatch.setattr(cpu._Call, "again", counted)
+    monkeypatch.setattr(cpu.Call, "again", counted)
     return shapes
 
 
@@ -735,6 +736,7 @@ def test_many_steps_do_not_grow() -> None:
         gc.collect()
         return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
+    plan.cache_clear()  # a full cache may shrink
     assert steps(20) <= steps(2)
 
 

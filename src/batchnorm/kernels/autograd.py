@@ -34,12 +34,13 @@ class Call(ABC):
         slope_from: what tells the slope of the activation: z computed from "x", that and the "residual",
             the "output", or "bits", one for each value.
         bits: those that `forward` is to leave, until autograd has them.
+        offers: whether the output may be replaced by its recipe.
         overwrites: whether `backward` would rather write over the gradient of y than find new memory.
     """
 
     __slots__ = (
-        "activation", "bias", "bits", "by_batch", "channel_dim", "eps", "overwrites", "slope_from", "unfused",
-        "versions", "weight",
+        "activation", "bias", "bits", "by_batch", "channel_dim", "eps", "offers", "overwrites", "slope_from",
+        "unfused", "versions", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +59,7 @@ class Call(ABC):
         self.bias: Tensor | None = None
         self.versions: tuple[int, int] = (0, 0)
         self.bits: Tensor | None = None
+        self.offers = recipes.is_recording()
         self.overwrites = False
 
     @abstractmethod
@@ -94,7 +96,8 @@ class Call(ABC):
 
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """The output, with a graph where gradients are wanted."""
-        residual = None if residual is None else in_layout_of(x, residual)
+        if residual is not None and residual.stride() != x.stride():
+            residual = in_layout_of(x, residual)
         if torch.is_grad_enabled():
             y = _apply(x, weight, bias, residual, self)
         else:
@@ -112,7 +115,7 @@ class Call(ABC):
     ) -> tuple[Tensor | None, ...]:
         """As `backward`, in torch's operations: for `create_graph=True`, and for gradients under vmap."""
         weight, bias = self.weight, self.bias
-        if self.versions != (_version(weight), _version(bias)):
+        if self.versions != _versions(weight, bias):
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace "
                 "operation: the weight or bias of a batch norm"
@@ -165,10 +168,10 @@ class _Normalise(torch.autograd.Function):
         if call.slope_from == "output" and any(ctx.needs_input_grad):
             call.leave_bits()
         y = call.forward(x, weight, bias, residual)
-        if recipes.is_recording() and any(ctx.needs_input_grad):
+        if call.offers and any(ctx.needs_input_grad):
             _offer(y, x, residual, call)
         ctx.call = call
-        call.weight, call.bias, call.versions = weight, bias, (_version(weight), _version(bias))
+        call.weight, call.bias, call.versions = weight, bias, _versions(weight, bias)
         if call.slope_from == "x":
             ctx.save_for_backward(x)
         else:
@@ -241,10 +244,12 @@ def has_memory(tensor: Tensor) -> bool:
         return False
 
 
-def _version(tensor: Tensor | None) -> int:
-    if tensor is None:
-        return 0
+def _versions(weight: Tensor | None, bias: Tensor | None) -> tuple[int, int]:
     try:
-        return tensor._version
-    except RuntimeError:  # made in inference mode: it has no gradient either
-        return 0
+        return 0 if weight is None else weight._version, 0 if bias is None else bias._version
+    except RuntimeError:  # what is made in inference mode has none, and no gradient either
+        return _version_or_0(weight), _version_or_0(bias)
+
+
+def _version_or_0(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version

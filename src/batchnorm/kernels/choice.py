@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from batchnorm import recipes
-from batchnorm.kernels.cpu import is_deterministic
+from batchnorm.kernels import cpu
+from batchnorm.kernels.cpu import team
+from batchnorm.kernels.cpu.call import Ready
 
 # torch.compile's comparison of tensors with those that it has compiled for. Where torch has none, every call
 # chooses.
@@ -23,6 +25,7 @@ CALLS = 16
 
 _Optional = Tensor | None
 _Options = tuple[Any, ...]
+_Kernel = ModuleType | Ready
 
 
 class Choice:
@@ -38,7 +41,7 @@ class Choice:
     __slots__ = ("_calls", "_kept", "_shape")
 
     def __init__(self) -> None:
-        self._kept: tuple[_Options, Callable[..., bool], tuple[ModuleType, int]] | None = None
+        self._kept: tuple[_Options, Callable[..., bool], tuple[_Kernel, int]] | None = None
         self._shape: torch.Size | None = None
         self._calls = 0
 
@@ -47,13 +50,17 @@ class Choice:
 
     def recall(
         self, x: Tensor, per_channel: tuple[_Optional, ...], residual: _Optional, options: _Options
-    ) -> tuple[ModuleType, int] | None:
-        """Kernel and `channel_dim`, if `keep` was given them for tensors like these; or None."""
+    ) -> tuple[_Kernel, int] | None:
+        """Kernel and `channel_dim`, if `keep` was given them for tensors like these; or None.
+
+        Args:
+            options: of the layer: whether it is in training, its activation, and all else that counts.
+        """
         if (kept := self._kept) is None:
             return None
         circumstances, are_alike, choice = kept
-        tensors = _present(x, per_channel, residual)
-        if circumstances == _circumstances(tensors, options) and are_alike(*tensors):
+        asked, tensors = _asked(x, per_channel, residual, options)
+        if circumstances == asked and are_alike(*tensors):
             return choice
         self._kept, self._calls = None, 0
         return None
@@ -75,23 +82,25 @@ class Choice:
         self._calls += 1
         if self._calls < CALLS:
             return
-        tensors = _present(x, per_channel, residual)
+        circumstances, tensors = _asked(x, per_channel, residual, options)
         sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
         guards = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        self._kept = _circumstances(tensors, options), guards.check, (kernel, channel_dim)
+        training, activation, *_ = options
+        ready = Ready(x, channel_dim, activation, residual, training) if kernel is cpu else kernel
+        self._kept = circumstances, guards.check, (ready, channel_dim)
 
 
-def _present(x: Tensor, per_channel: tuple[_Optional, ...], residual: _Optional) -> tuple[Tensor, ...]:
-    """Which ones are missing makes no difference to the choice, but for the residual, whose shape tells."""
+def _asked(
+    x: Tensor, per_channel: tuple[_Optional, ...], residual: _Optional, options: _Options
+) -> tuple[_Options, tuple[Tensor, ...]]:
+    """What `choose` and `Ready` go by, besides what torch compares tensors by; and these tensors."""
     weight, bias, mean, var = per_channel
+    # Which ones are missing makes no difference to the choice, but for the residual, whose shape tells.
     if weight is None or bias is None or mean is None or var is None:
-        return tuple(tensor for tensor in (x, *per_channel, residual) if tensor is not None)
-    return (x, weight, bias, mean, var) if residual is None else (x, weight, bias, mean, var, residual)
-
-
-def _circumstances(tensors: tuple[Tensor, ...], options: _Options) -> _Options:
-    """What `choose` goes by, besides what torch compares tensors by."""
+        tensors = tuple(tensor for tensor in (x, *per_channel, residual) if tensor is not None)
+    else:
+        tensors = (x, weight, bias, mean, var) if residual is None else (x, weight, bias, mean, var, residual)
     return (
-        len(tensors), options, torch.is_grad_enabled(), is_deterministic(), forward_ad._current_level,
-        recipes.is_recording(),
-    )  # fmt: skip
+        len(tensors), options, torch.is_grad_enabled(), cpu.is_deterministic(), forward_ad._current_level,
+        recipes.is_recording(), team.threads(),
+    ), tensors  # fmt: skip

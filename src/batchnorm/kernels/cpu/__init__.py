@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from batchnorm import recipes
-from batchnorm.kernels.autograd import Call, are_plain, can_run_here, in_layout_of
+from batchnorm.kernels.autograd import are_plain, can_run_here, in_layout_of
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu import launch, team
-from batchnorm.kernels.cpu.pages import in_huge_pages
-from batchnorm.kernels.cpu.plan import COSTLY, DTYPES, Plan, function, plan
+from batchnorm.kernels.cpu.call import Call, new_like
+from batchnorm.kernels.cpu.plan import COSTLY, DTYPES, Plan, function, plan_of
 from batchnorm.kernels.layout import planned
 from batchnorm.moments import Moments
 
@@ -71,7 +71,7 @@ def supports(
             return False
     if residual is not None and not (residual.dtype is dtype and residual.is_cpu):
         return False
-    if _plan(x, channel_dim) is None or is_deterministic():
+    if plan_of(x, channel_dim) is None or is_deterministic():
         return False
     return can_run_here() and _work()
 
@@ -106,10 +106,6 @@ def _work() -> bool:
     return True
 
 
-def _plan(x: Tensor, channel_dim: int) -> Plan | None:
-    return plan(x.shape, x.stride(), x.dtype, channel_dim, team.size(x.numel()))
-
-
 def training(
     x: Tensor,
     weight: Tensor | None,
@@ -121,7 +117,7 @@ def training(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
     """As `reference.training`."""
-    call = _Call(x, channel_dim, f.OF_BATCH, eps, activation, residual)
+    call = Call(x, channel_dim, f.OF_BATCH, eps, activation, residual)
     y = call.run(x, weight, bias, residual)
     count = torch.full((), call.plan.count, dtype=torch.float64)
     return y, Moments(count, call.table[f.MEAN], call.table[f.M2])
@@ -140,7 +136,7 @@ def inference(
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `reference.inference`."""
-    call = _Call(x, channel_dim, f.RUNNING, eps, activation, residual)
+    call = Call(x, channel_dim, f.RUNNING, eps, activation, residual)
     call.running = running_mean.data_ptr(), running_var.data_ptr(), 0, 0.0
     return call.run(x, weight, bias, residual)
 
@@ -159,112 +155,9 @@ def training_and_moving(
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `training`, and moves the running statistics in place."""
-    call = _Call(x, channel_dim, f.OF_BATCH, eps, activation, residual)
-    if running_mean is not None and running_var is not None:
-        counter = 0
-        seen = num_batches_tracked
-        if type(seen) is Tensor and seen.is_cpu and seen.dtype is torch.int64 and seen.numel() == 1:
-            counter = seen.data_ptr()
-        elif seen is not None:
-            seen.add_(1)
-        call.running = running_mean.data_ptr(), running_var.data_ptr(), counter, momentum
+    call = Call(x, channel_dim, f.OF_BATCH, eps, activation, residual)
+    call.move(running_mean, running_var, num_batches_tracked, momentum)
     return call.run(x, weight, bias, residual)
-
-
-def _empty_like(x: Tensor, the_plan: Plan) -> Tensor:
-    y = torch.empty_like(x)
-    return in_huge_pages(y) if the_plan.is_large else y
-
-
-class _Call(Call):
-    """A normalisation by the CPU kernels."""
-
-    __slots__ = ("plan", "running", "statistics", "table")
-
-    def __init__(
-        self,
-        x: Tensor,
-        channel_dim: int,
-        statistics: int,
-        eps: float,
-        activation: str | None,
-        residual: Tensor | None,
-    ) -> None:
-        super().__init__(channel_dim, statistics == f.OF_BATCH, eps, activation, residual)
-        the_plan = _plan(x, channel_dim)
-        assert the_plan is not None  # by `supports`
-        self.plan = the_plan
-        self.overwrites = the_plan.is_large
-        self.statistics = statistics
-        self.table = torch.empty_like(the_plan.table)
-        # Addresses of the running mean, variance and counter, and the momentum.
-        self.running = (0, 0, 0, 0.0)
-
-    def forward(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
-    ) -> Tensor:
-        y = _empty_like(x, self.plan)
-        launch.run_forward(
-            self.plan, self.table, x, y, residual, self.statistics, self.plan.count, weight, bias,
-            self.running, self.eps, self.activation, self.bits,
-        )  # fmt: skip
-        return y
-
-    def prepare_again(self) -> None:
-        """Let `forward` normalise by the table that it has left, and move nothing."""
-        self.statistics, self.running = f.OF_TABLE, (0, 0, 0, 0.0)
-
-    def leave_bits(self) -> None:
-        """Let `forward` leave bits instead of the output, where the plan has them."""
-        if self.plan.words > 0:
-            self.slope_from = "bits"
-            self.bits = torch.empty(self.plan.words, dtype=torch.int32)
-
-    def with_slope_of_output(self, x: Tensor, extra: Tensor) -> Tensor:
-        """The output, or 1 where its bit is set, else -1."""
-        if self.slope_from != "bits":
-            return super().with_slope_of_output(x, extra)
-        samples, channels, positions, *_ = self.plan.geometry
-        places = torch.arange(f.WORD, dtype=torch.int32)
-        bits = (extra.view(samples, channels, -1, 1) >> places & 1).flatten(2)[..., :positions]
-        return (bits * 2 - 1).to(x.dtype).reshape(x.shape)
-
-    def mean_and_invstd(self) -> tuple[Tensor, Tensor]:
-        """What `forward` has normalised by, per channel."""
-        return self.table[f.MEAN], self.table[f.INVSTD]
-
-    def backward(
-        self,
-        grad_y: Tensor,
-        x: Tensor,
-        extra: Tensor | None,
-        wanted: tuple[bool, ...],
-        may_overwrite: bool = False,
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of x, weight, bias and residual, one of which is written over grad_y if it may be."""
-        the_plan, activation, by_batch = self.plan, self.activation, self.by_batch
-        wants_x, wants_weight, wants_bias, wants_residual = wanted
-        given, grad_y = grad_y, in_layout_of(x, grad_y)
-        overwrites = may_overwrite or grad_y is not given
-        grad_x = None
-        if wants_x:
-            # Where the residual's gradient is wanted, it has the memory of grad_y.
-            grad_x = grad_y if overwrites and not wants_residual else _empty_like(x, the_plan)
-        grad_weight = torch.empty_like(the_plan.parameter) if wants_weight else None
-        grad_bias = torch.empty_like(the_plan.parameter) if wants_bias else None
-        grad_z = grad_residual = None
-        if wants_residual:
-            grad_residual = grad_y if overwrites or activation is None else _empty_like(x, the_plan)
-            grad_z = None if activation is None else grad_residual
-        elif wants_x and activation in COSTLY:
-            grad_z = grad_x
-        reduces = by_batch or wants_weight or wants_bias or grad_z is not None
-        if reduces or wants_x:
-            launch.run_backward(
-                the_plan, self.table, x, extra, grad_y, grad_x, grad_z, grad_weight, grad_bias,
-                None, None, by_batch, reduces, activation, self.slope_from,
-            )  # fmt: skip
-        return grad_x, grad_weight, grad_bias, grad_residual
 
 
 # The statistics and the application apart: what each process of several does before and after they add up
@@ -273,7 +166,7 @@ class _Call(Call):
 
 def statistics(x: Tensor, *, channel_dim: int) -> Moments:
     """Count, mean and m2 of each channel of x, all float64; not differentiable."""
-    the_plan = _plan_of(x, channel_dim)
+    the_plan = _planned(x, channel_dim)
     table = torch.empty_like(the_plan.table)
     launch.run_forward(the_plan, table, x, None, None, f.OF_BATCH, the_plan.count)
     count = torch.full((), the_plan.count, dtype=torch.float64)
@@ -298,8 +191,8 @@ def apply(
         activation: of `autograd.FUSED`.
         residual: in the memory layout of x.
     """
-    the_plan = _plan_of(x, channel_dim)
-    y = _empty_like(x, the_plan)
+    the_plan = _planned(x, channel_dim)
+    y = new_like(x, the_plan)
     table = torch.empty_like(the_plan.table)
     torch.stack([moments.mean, moments.m2], out=table[: f.M2 + 1])
     launch.run_forward(
@@ -318,8 +211,8 @@ def apply_again(
     residual: Tensor | None = None,
 ) -> Tensor:
     """The output of `apply` once more, to the bit."""
-    the_plan = _plan_of(x, channel_dim)
-    y = _empty_like(x, the_plan)
+    the_plan = _planned(x, channel_dim)
+    y = new_like(x, the_plan)
     launch.run_forward(the_plan, table, x, y, residual, f.OF_TABLE, the_plan.count, activation=activation)
     return y
 
@@ -344,9 +237,9 @@ def backward_sums(
         The sums, (2, C) in float64, by the mean rounded to the dtype of x; and g, which is the gradient of a
         residual, where it was kept: then `backward_apply` takes it without the activation.
     """
-    the_plan, grad_y = _plan_of(x, channel_dim), in_layout_of(x, grad_y)
+    the_plan, grad_y = _planned(x, channel_dim), in_layout_of(x, grad_y)
     keeps = activation in COSTLY or (activation is not None and extra is not None)
-    grad_z = _empty_like(x, the_plan) if keeps else None
+    grad_z = new_like(x, the_plan) if keeps else None
     sums = torch.empty((2, the_plan.channels), dtype=torch.float64)
     launch.run_backward(
         the_plan, table, x, extra, grad_y, None, grad_z, None, None, sums, None, True, True, activation,
@@ -372,8 +265,8 @@ def backward_apply(
         coefficients: by_x and constant, (2, C) in float64.
         out: where to write it, in the memory layout of x; may be `grad` itself.
     """
-    the_plan, grad = _plan_of(x, channel_dim), in_layout_of(x, grad)
-    grad_x = _empty_like(x, the_plan) if out is None else out
+    the_plan, grad = _planned(x, channel_dim), in_layout_of(x, grad)
+    grad_x = new_like(x, the_plan) if out is None else out
     launch.run_backward(
         the_plan, table, x, None, grad, grad_x, None, None, None, None, coefficients, True, False, activation,
         "x",
@@ -381,5 +274,5 @@ def backward_apply(
     return grad_x
 
 
-def _plan_of(x: Tensor, channel_dim: int) -> Plan:
-    return planned(_plan(x, channel_dim), x)
+def _planned(x: Tensor, channel_dim: int) -> Plan:
+    return planned(plan_of(x, channel_dim), x)

@@ -7,6 +7,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from batchnorm.kernels.cpu import fields as f
 from batchnorm.kernels.cpu import team
@@ -63,7 +64,8 @@ class Plan:
         backward: addresses of the backward kernel and its functions, for sums, sums run by run and gradients,
             by (activation, slope_from, stored, by_batch, reduces, wants_x).
         words: of bits that tell the slope, see `runs.FROM_BITS`; 0 where the layout has none.
-        table, parameter: without memory; to make a tensor like another takes half as long as by its shape.
+        table, parameter, bits: without memory; to make a tensor like another takes half as long as by its
+            shape.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Plan:
         self.parameter = torch.empty((), dtype=dtype).expand(shape[1])
         has_bits = kind == "slabs" and cut[2] == 1
         self.words = shape[0] * shape[1] * -(-shape[2] // f.WORD) if has_bits else 0
+        self.bits = torch.empty((), dtype=torch.int32).expand(self.words)
         self.is_large = self.count * self.channels * dtype.itemsize >= LARGE
         self.forward = _Loaded(self._load_forward)
         self.backward = _Loaded(self._load_backward)
@@ -159,6 +162,11 @@ def plan(
         "slabs", dtype, (samples, channels, positions), (tile, sample_parts, position_parts), threads,
         5 * channels * parts, 5 * channels * parts,
     )  # fmt: skip
+
+
+def plan_of(x: Tensor, channel_dim: int) -> Plan | None:
+    """The plan for a tensor, by the threads that torch may use."""
+    return plan(x.shape, x.stride(), x.dtype, channel_dim, team.size(x.numel()))
 
 
 def _rows(samples: int, channels: int, positions: int, dtype: torch.dtype, threads: int) -> Plan:

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-_forked = False
+# How many threads torch may use; one in a forked child: the threads of libgomp do not survive a fork, and a
+# child that called them would wait for ever.
+threads = torch.get_num_threads
 
 
 def _after_fork() -> None:
-    global _forked
-    _forked = True
+    global threads
+    threads = lambda: 1  # noqa: E731
 
 
 if hasattr(os, "register_at_fork"):
@@ -24,13 +26,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def size(work: int) -> int:
-    """How many threads to use for so many values: as many as torch may, and one in a forked child.
-
-    The threads of libgomp do not survive a fork, and a child that called them would wait for ever.
-    """
-    if work < _WORTH_A_TEAM or _forked:
-        return 1
-    return torch.get_num_threads()
+    """How many threads to use for so many values."""
+    return 1 if work < _WORTH_A_TEAM else threads()
 
 
 # Below it, waking the other threads takes longer than their share of the work.

@@ -191,7 +191,7 @@ class _Fusing(_BatchNorm):
 
     def _fuses(self, x: Tensor) -> bool:
         """Whether `x`, once it is seen to fit, goes by a kernel that fuses: else waiting is time lost."""
-        kernel, _ = self._choose(self._wait_choice, x, self._per_channel(), None, "relu")
+        kernel, _ = self._choose(self._wait_choice, x, self._per_channel(), None, "relu", False)
         return kernel is not native and kernel is not reference
 
     def _may_wait(self, frame: FrameType | None) -> bool:
