@@ -139,7 +139,7 @@ CHANGES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "no weight": lambda layer, x: _set(layer, weight=None, bias=None)(x),
     "no running statistics": lambda layer, x: _set(layer, running_mean=None, running_var=None)(x),
     "activation": lambda layer, x: _set(layer, activation="silu")(x),
-    "an activation that is not fused": lambda layer, x: _set(layer, activation="selu")(x),
+    "an activation that is not fused": lambda layer, x: _set(layer, activation="softplus")(x),
     "channel_dim": lambda layer, x: _set(layer, channel_dim=-1)(x.detach().movedim(1, -1).contiguous()),
     "ghost batches": lambda layer, x: _set(layer, ghost_batch_size=8)(x),
     "cumulative average": lambda layer, x: _set(layer, momentum=None)(x),
