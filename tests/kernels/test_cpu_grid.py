@@ -10,7 +10,7 @@ from torch import Tensor
 
 import batchnorm as bn
 from batchnorm.kernels import choose, cpu
-from batchnorm.kernels.cpu import rows, slabs, team
+from batchnorm.kernels.cpu import groups, rows, slabs, team
 from batchnorm.kernels.cpu.plan import (
     _GROUP_COLUMNS,
     _MANY_SAMPLES,
@@ -18,7 +18,7 @@ from batchnorm.kernels.cpu.plan import (
     _SHORT_RUN,
     _SMALL_SAMPLE,
     _SMALL_SAMPLE_OF_SHORT_RUNS,
-    _TILE_BYTES,
+    _TILE_BYTES_OF_CACHED,
     _WIDE_ROW,
     plan,
 )
@@ -200,7 +200,7 @@ def kind(x, channel_dim):
 # ------------------------------------------------------------------------- every block and tile boundary
 
 B, G, W, T, M = slabs.BLOCK, _GROUP_COLUMNS, _WIDE_ROW, rows.TILE_COLUMNS, rows.MOST_ROWS
-RUN, TILE = _SHORT_RUN, _TILE_BYTES // 4
+RUN, TILE = _SHORT_RUN, _TILE_BYTES_OF_CACHED // 4
 N, S, SHORT = _MANY_SAMPLES, _SMALL_SAMPLE, _SMALL_SAMPLE_OF_SHORT_RUNS
 F, FR = slabs.FIRST, rows.FIRST_ROWS
 SHAPES = {
@@ -214,7 +214,7 @@ SHAPES = {
         (31, 2, 263), (2, 2, 2 * B + 1), (1, 3, 12289), (2, 2, TILE // 2 + 1), (1, 2, TILE), (1, 2, TILE + 1),
         *[(1, TILE // 1021 + d, 1021) for d in (-1, 0, 1)],
         *[(6, threads * _NEAR_BYTES // 256 + d, 64) for threads in (2, 3) for d in (-1, 0, 1)],
-        (2, 3, TILE // 2 + 1), *[(F // 64 + d, 2, 64) for d in (-1, 0, 1)],
+        (2, 3, TILE // 2 + 1), *[(1 + d, 2, F) for d in (0, 1, 2)],
         *[(3, 2, F + d) for d in (-1, 0, 1)],
     ],
     "groups": [
@@ -222,7 +222,7 @@ SHAPES = {
         *[(3, G // 2 + d, 2) for d in (-1, 0, 1)], *[(2, G // RUN + d, RUN) for d in (-1, 0, 1)],
         (N - 1, 2, 2), (N, SHORT // 2 + 1, 2),
         *[(M + d, 23, 47) for d in (-1, 0, 1)], *[(rows.BLOCK // (43 * 47) + d, 43, 47) for d in (-1, 0, 1)],
-        *[(F // 16 + d, 3, 16) for d in (-1, 0, 1)], (37, 211, 5), (4, 2 * G // 3 + 1, 3),
+        *[(groups.FIRST // 16 + d, 3, 16) for d in (-1, 0, 1)], (37, 211, 5), (4, 2 * G // 3 + 1, 3),
     ],
     "rows": [
         (1, 1, 2), (2, 1, B + 1),  # one channel is a column
@@ -254,7 +254,7 @@ GRID_OF_THREADS = [
 def test_the_grid_knows_the_sizes():
     # Should they change, so must the grid.
     assert (B, G, W, T, RUN, rows.BLOCK, M) == (4096, 2048, 128, 2048, 48, 262144, 256)
-    assert (F, FR, _NEAR_BYTES) == (512, 32, 32768)
+    assert (F, groups.FIRST, FR, _NEAR_BYTES) == (64, 512, 32, 32768)
     assert (N, S, SHORT) == (64, 256, 1024)
     # Among them are runs for which loops are compiled either way.
     plans = [plan(x.shape, x.stride(), x.dtype, 1, 1) for x in map(torch.empty, SHAPES["slabs"])]

@@ -8,7 +8,7 @@ import torch
 from batchnorm.kernels import cpu
 from batchnorm.kernels.autograd import FUSED
 from batchnorm.kernels.cpu import rows, slabs, team
-from batchnorm.kernels.cpu.plan import _GROUP_COLUMNS, _SHORT_RUN, _TILE_BYTES, _WIDE_ROW
+from batchnorm.kernels.cpu.plan import _GROUP_COLUMNS, _SHORT_RUN, _TILE_BYTES_OF_CACHED, _WIDE_ROW
 from tests.kernels.cpu_checks import KINKS, LAST, agree, inputs, size_of_terms
 from tests.kernels.definition import EPS, by_definition
 from tests.kernels.halves import by_halves
@@ -43,7 +43,7 @@ def check(
     agree(actual, expected, dtype, factor, size_of_terms(weight, grad, expected[2]))
 
 
-TILE = _TILE_BYTES // 4
+TILE = _TILE_BYTES_OF_CACHED // 4
 # Positions on both sides of what makes short runs, blocks and tiles; with enough channels for the tiles.
 POSITIONS = [
     1, 2, _SHORT_RUN - 1, _SHORT_RUN, _SHORT_RUN + 1, slabs.BLOCK - 1, slabs.BLOCK, slabs.BLOCK + 1,

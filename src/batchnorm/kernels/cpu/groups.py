@@ -30,7 +30,10 @@ from batchnorm.kernels.cpu.columns import add_rows, fill, sum_centred_rows
 from batchnorm.kernels.cpu.memory import at, call, fields_of, pointer
 from batchnorm.kernels.cpu.rows import rows_per_block
 from batchnorm.kernels.cpu.runs import loop
-from batchnorm.kernels.cpu.slabs import FIRST, exact_moments, total
+from batchnorm.kernels.cpu.slabs import exact_moments, total
+
+# Values of the first block, as in `slabs.py`: more, as each block of samples fills rows of columns.
+FIRST = 512
 
 
 @loop

@@ -21,8 +21,11 @@ COSTLY = frozenset({"elu", "gelu", "silu", "mish", "sigmoid", "tanh"})
 # Runs of a channel up to so many positions are taken in groups of channels.
 _SHORT_RUN = 48
 _GROUP_COLUMNS = 2048
-# What a tile of channels has of each sample: memory is read and written in stretches of this size.
+# What a tile of channels has of each sample: memory is read and written in stretches of this size. Longer
+# ones are faster where the third-level cache holds all of the tensors between the passes, whatever the tile.
 _TILE_BYTES = 96 * 1024
+_TILE_BYTES_OF_CACHED = 256 * 1024
+_CACHED_BYTES = 16 * 1024 * 1024
 # Threads that share out the channels and have no more than this of a sample each wait for each other's
 # memory, which the processor prefetches for both: they share out the samples instead.
 _NEAR_BYTES = 32 * 1024
@@ -157,7 +160,9 @@ def plan(
             "groups", dtype, (samples, channels, positions), (tile, 1, 1), threads,
             2 * channels + 6 * columns * threads, 2 * channels,
         )  # fmt: skip
-    tile = max(1, _TILE_BYTES // (positions * dtype.itemsize))
+    run_bytes = positions * dtype.itemsize
+    is_cached = samples * channels * run_bytes <= _CACHED_BYTES
+    tile = max(1, (_TILE_BYTES_OF_CACHED if is_cached else _TILE_BYTES) // run_bytes)
     return Plan(
         "slabs", dtype, (samples, channels, positions), (tile, sample_parts, position_parts), threads,
         5 * channels * parts, 5 * channels * parts,

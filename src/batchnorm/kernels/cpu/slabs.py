@@ -34,7 +34,7 @@ from batchnorm.kernels.cpu.memory import at, call, fields_of, pointer
 from batchnorm.kernels.cpu.runs import BLOCK, loop, reduction
 
 # Values of the first block, which is read twice: for a mean that is near enough to centre the others by.
-FIRST = 512
+FIRST = 64
 
 
 @reduction
