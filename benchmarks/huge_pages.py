@@ -15,7 +15,7 @@ import time
 import torch
 
 import batchnorm as bn
-from batchnorm.kernels import cpu
+from batchnorm.kernels.cpu import call
 from batchnorm.lab.machine import machine_line
 
 SHAPES = [(8, 64, 64, 64), (16, 64, 64, 64), (24, 64, 64, 64), (32, 64, 64, 64), (32, 64, 112, 112)]
@@ -26,7 +26,7 @@ trim = ctypes.CDLL(None).malloc_trim
 def measure(shape: tuple[int, ...], huge: bool, trimmed: bool) -> float:
     """Milliseconds, in this process."""
     if not huge:
-        cpu.in_huge_pages = lambda y: y
+        call.in_huge_pages = lambda y: y
     layer, x = bn.BatchNorm2d(shape[1]), torch.randn(shape)
     times = []
     with torch.no_grad():
