@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm import layers
@@ -159,6 +160,7 @@ CHANGES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "vmap": lambda layer, x: torch.func.vmap(_set(layer, track_running_stats=False))(x[None].detach())[0],
     "transform of something else": lambda layer, x: _under_transform(layer, x),
     "tracing": lambda layer, x: _traced(layer, x)(x),
+    "checkpointed": lambda layer, x: checkpoint(layer, x, use_reentrant=False),
     "memory-efficient": lambda layer, x: bn.memory_efficient(layer)(x),
     "three threads": lambda layer, x: _in(_threads(3), layer, x),
     "wrong channels": lambda layer, x: layer(x[:, :8]),
@@ -170,7 +172,7 @@ CHANGES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "empty": lambda layer, x: layer(x[:0]),
 }
 # Changes that no choice depends on.
-HARMLESS = {"momentum", "eps", "untracked"}
+HARMLESS = {"momentum", "eps", "untracked", "checkpointed"}
 
 
 @OF_BOTH

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from batchnorm.kernels import cpu
+from batchnorm.kernels.choice import CALLS
 from batchnorm.kernels.cpu import fields, launch, team
 from tests.kernels.cpu_checks import CPU, LAYOUTS, by_kernel, check, in_process, inputs
 from tests.kernels.definition import EPS
@@ -124,15 +125,18 @@ def test_eight_python_threads_at_once(threads, shape, last):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child():
+@pytest.mark.parametrize("calls", [1, CALLS], ids=["first call", "kept choice"])
+def test_a_forked_child(calls):
     # Nothing of torch's own is computed in the child on as many values: it is torch that would hang there.
-    code = """
+    code = f"""
 import os, signal, torch, batchnorm as bn
 torch.set_num_threads(2)
 layer = bn.BatchNorm2d(8, activation="relu")
 x, grad = torch.randn(2, 16, 8, 50, 50)
 x.requires_grad_()
-layer(x).backward(grad)
+for _ in range({calls}):
+    layer.weight.grad = x.grad = None
+    layer(x).backward(grad)
 wanted = layer.weight.grad.clone()
 child = os.fork()
 if child == 0:
