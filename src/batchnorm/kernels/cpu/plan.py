@@ -36,6 +36,9 @@ _SMALL_SAMPLE = 256
 _SMALL_SAMPLE_OF_SHORT_RUNS = 1024
 # Rows of fewer columns are taken several at a time.
 _WIDE_ROW = 128
+# Sums over rows of so many columns take four rows at once, as what they share for a column takes up most of a
+# first-level cache; over narrower ones two, as there more are in each other's way.
+_WIDEST_ROW = 1024
 
 
 class _Loaded(dict[Any, tuple[int, ...]]):
@@ -112,7 +115,7 @@ class Plan:
         # What is stored is read again, and may have been written over what it was computed from.
         of_z = (None, "x") if stored else (activation, slope_from)
         if reduces:
-            sums = self._function("reduce", activation, slope_from, stored)
+            sums = self._function("reduce", activation, slope_from, stored, *self._rows_at_once(activation))
             one_run = function("reduce", "runs", self.dtype, *of_z, False)
         if wants_x:
             gradient = self._function("gradient", *of_z, by_batch)
@@ -125,6 +128,14 @@ class Plan:
         shape = "runs" if self.kind == "slabs" else "rows"
         interleaved = self.interleaves(avx512=activation in COSTLY)
         return function(name, shape, self.dtype, activation, *options, interleaved=interleaved)
+
+    def _rows_at_once(self, activation: str | None) -> tuple[int, ...]:
+        """In sums over rows; what takes longer than memory takes as long with four, and longer to compile."""
+        if self.kind == "slabs":
+            return ()
+        _, channels, positions, tile, *_ = self.geometry
+        columns = tile * positions * (channels if self.kind == "rows" else 1)
+        return (4 if columns >= _WIDEST_ROW and activation not in COSTLY else 2,)
 
     def interleaves(self, avx512: bool) -> bool:
         """Whether loops take four vectors at a time.

@@ -222,9 +222,9 @@ def apply_rows(real: Real, name: str | None, has_residual: bool) -> tuple[Any, C
 
 
 def reduce_rows(
-    real: Real, name: str | None, slope_from: str, store: bool
+    real: Real, name: str | None, slope_from: str, store: bool, at_once: int
 ) -> tuple[Any, Callable[..., None]]:
-    """As `reduce_runs` for rows: adds the sums of each column to `first` and `second`."""
+    """As `reduce_runs` for rows, 2 or 4 at once: adds the sums of each column to `first` and `second`."""
     differentiate = _differentiate(real, name, slope_from)
 
     @loop
@@ -235,17 +235,28 @@ def reduce_rows(
             put(grad_z, k, grad)
         return grad, centred
 
+    @loop
+    def sums_of_two(grad_y, x, extra, grad_z, a, b, mean, scale, shift):
+        ga, xa = grad_and_centred(grad_y, x, extra, grad_z, a, mean, scale, shift)
+        gb, xb = grad_and_centred(grad_y, x, extra, grad_z, b, mean, scale, shift)
+        return ga + gb, ga * xa + gb * xb
+
     def reduce(grad_y, x, extra, grad_z, rows, width, stride, mean, scale, shift, first, second):
-        half = rows // 2
-        for row in range(half):
-            a, b = row * stride, (row + half) * stride
+        share = rows // at_once
+        for row in range(share):
+            a, b = row * stride, (row + share) * stride
+            c, d = (row + 2 * share) * stride, (row + 3 * share) * stride
             for i in range(width):
                 of_column = get(mean, i), get(scale, i), get(shift, i)
-                ga, xa = grad_and_centred(grad_y, x, extra, grad_z, a + i, *of_column)
-                gb, xb = grad_and_centred(grad_y, x, extra, grad_z, b + i, *of_column)
-                add_to_first(first, i, ga + gb)
-                add_to_second(second, i, ga * xa + gb * xb)
-        for row in range(2 * half, rows):
+                sums = sums_of_two(grad_y, x, extra, grad_z, a + i, b + i, *of_column)
+                if at_once == 2:
+                    add_to_first(first, i, sums[0])
+                    add_to_second(second, i, sums[1])
+                else:
+                    more = sums_of_two(grad_y, x, extra, grad_z, c + i, d + i, *of_column)
+                    add_to_first(first, i, sums[0] + more[0])
+                    add_to_second(second, i, sums[1] + more[1])
+        for row in range(at_once * share, rows):
             for i in range(width):
                 of_column = get(mean, i), get(scale, i), get(shift, i)
                 ga, xa = grad_and_centred(grad_y, x, extra, grad_z, row * stride + i, *of_column)
