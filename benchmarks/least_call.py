@@ -82,8 +82,8 @@ class LeastLayer(nn.Module):
         super().__init__()
         channels = x.shape[1]
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.buffers_kept = torch.zeros(channels), torch.ones(channels), torch.zeros((), dtype=torch.int64)
-        self.running = (*(tensor.data_ptr() for tensor in self.buffers_kept), 0.1)
+        self.statistics = torch.zeros(channels), torch.ones(channels), torch.zeros((), dtype=torch.int64)
+        self.running = (*(tensor.data_ptr() for tensor in self.statistics), 0.1)
         self.activation = activation
         plan = plan_of(x, 1)
         assert plan is not None

@@ -239,7 +239,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         )
 
     def _unmoved(self, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
-        """What a kernel that moves running statistics is given where they are not to move."""
+        """Mean, variance and counter for a kernel that moves what it is given, where none are to move."""
         if mean is not None and var is not None and self.track_running_stats:
             # Run again by a checkpoint: it must save as many tensors as the first time.
             return mean.clone(), var.clone(), None

@@ -12,6 +12,7 @@ import batchnorm as bn
 from batchnorm.kernels import choose, cpu
 from batchnorm.kernels.cpu import groups, rows, slabs, team
 from batchnorm.kernels.cpu.plan import (
+    _COLUMNS_FOR_FOUR_ROWS,
     _GROUP_COLUMNS,
     _MANY_SAMPLES,
     _NEAR_BYTES,
@@ -20,7 +21,6 @@ from batchnorm.kernels.cpu.plan import (
     _SMALL_SAMPLE_OF_SHORT_RUNS,
     _TILE_BYTES_OF_CACHED,
     _WIDE_ROW,
-    _WIDEST_ROW,
     plan,
 )
 from batchnorm.kernels.reference import ACTIVATIONS
@@ -234,7 +234,8 @@ SHAPES = {
         *[(M * W + d, 1) for d in (-1, 0, 1)], (M * W + W + 1, 1), (5477, 3), (1009, 31), (67, 127),
         *[(FR + d, W + 1) for d in range(-4, 5)], (3 * FR + 1, W), (3 * FR + 1, W + 1),
         # quarters and halves of the rows, and those left over
-        *[(n, W + 1) for n in range(2, 10)], *[(n, _WIDEST_ROW + d) for n in range(2, 10) for d in (-1, 0)],
+        *[(n, W + 1) for n in range(2, 10)],
+        *[(n, _COLUMNS_FOR_FOUR_ROWS + d) for n in range(2, 10) for d in (-1, 0)],
         *[(W + d, 1) for d in (-1, 0, 1)], *[(2 * (W // 3) + d, 3) for d in (-1, 0, 1)],
         # many small samples, of short runs and of others
         (N, 2, 2), (N + 1, 3, 5), (N, 2, RUN + 1), (N + 3, 2, S // 2), (N, 4, 64), (5477, 3, 2),

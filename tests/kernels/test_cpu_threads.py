@@ -35,7 +35,7 @@ def dirty_memory(monkeypatch):
         return made.fill_(value if made.is_floating_point() else -bool(value))
 
     def fill(value):
-        launch._scratch.grow(100_000)
+        launch._work_memory(100_000)
         launch._scratch.memory.fill_(value)
         for name, make in makers.items():
             monkeypatch.setattr(

@@ -96,8 +96,7 @@ class Call(ABC):
 
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """The output, with a graph where gradients are wanted."""
-        if residual is not None and residual.stride() != x.stride():
-            residual = in_layout_of(x, residual)
+        residual = None if residual is None else in_layout_of(x, residual)
         if torch.is_grad_enabled():
             y = _apply(x, weight, bias, residual, self)
         else:
@@ -115,7 +114,7 @@ class Call(ABC):
     ) -> tuple[Tensor | None, ...]:
         """As `backward`, in torch's operations: for `create_graph=True`, and for gradients under vmap."""
         weight, bias = self.weight, self.bias
-        if self.versions != _versions(weight, bias):
+        if self.versions != (_version(weight), _version(bias)):
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace "
                 "operation: the weight or bias of a batch norm"
@@ -171,7 +170,7 @@ class _Normalise(torch.autograd.Function):
         if call.offers and any(ctx.needs_input_grad):
             _offer(y, x, residual, call)
         ctx.call = call
-        call.weight, call.bias, call.versions = weight, bias, _versions(weight, bias)
+        call.weight, call.bias, call.versions = weight, bias, (_version(weight), _version(bias))
         if call.slope_from == "x":
             ctx.save_for_backward(x)
         else:
@@ -244,12 +243,10 @@ def has_memory(tensor: Tensor) -> bool:
         return False
 
 
-def _versions(weight: Tensor | None, bias: Tensor | None) -> tuple[int, int]:
+def _version(tensor: Tensor | None) -> int:
+    if tensor is None:
+        return 0
     try:
-        return 0 if weight is None else weight._version, 0 if bias is None else bias._version
-    except RuntimeError:  # what is made in inference mode has none, and no gradient either
-        return _version_or_0(weight), _version_or_0(bias)
-
-
-def _version_or_0(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
+        return tensor._version
+    except RuntimeError:  # made in inference mode: it has no gradient either
+        return 0

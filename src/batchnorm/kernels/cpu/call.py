@@ -109,9 +109,8 @@ class Call(autograd.Call):
         """Gradients of x, weight, bias and residual, one of which is written over grad_y if it may be."""
         the_plan, activation, by_batch = self.plan, self.activation, self.by_batch
         wants_x, wants_weight, wants_bias, wants_residual = wanted
-        overwrites = may_overwrite
-        if grad_y.stride() != x.stride() or grad_y.is_neg():
-            grad_y, overwrites = in_layout_of(x, grad_y), True
+        given, grad_y = grad_y, in_layout_of(x, grad_y)
+        overwrites = may_overwrite or grad_y is not given
         grad_x = None
         if wants_x:
             # Where the residual's gradient is wanted, it has the memory of grad_y.

@@ -34,22 +34,13 @@ def run_forward(
     kernel, applied = plan.forward[
         None if y is None else (activation, residual is not None, bits is not None)
     ]
-    if _scratch.numbers < plan.work:
-        _scratch.grow(plan.work)
-    work = _scratch.address
+    work = _work_memory(plan.work)
     mean, var, counter, momentum = running
     fields = _pack(
-        x.data_ptr(),
-        0 if y is None else y.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        0, 0, 0,
-        0 if weight is None else weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        mean, var, 0, 0,
+        x.data_ptr(), _address(y), _address(residual), 0, 0, 0,
+        _address(weight), _address(bias), mean, var, 0, 0,
         table.data_ptr(), work, work + 8 * plan.typed, applied, 0, 0, 0,
-        *plan.geometry, statistics, 0, 0, counter, 0, 0,
-        0 if bits is None else bits.data_ptr(),
-        count, eps, momentum,
+        *plan.geometry, statistics, 0, 0, counter, 0, 0, _address(bits), count, eps, momentum,
     )  # fmt: skip
     team.runner()(kernel, fields, plan.threads, 0)
 
@@ -76,38 +67,34 @@ def run_backward(
     kernel, reduction, one_run, gradient = plan.backward[
         activation, slope_from, stored, by_batch, reduces, grad_x is not None
     ]
-    if _scratch.numbers < plan.work:
-        _scratch.grow(plan.work)
-    work = _scratch.address
+    work = _work_memory(plan.work)
     bits, extra = (extra, None) if slope_from == "bits" else (None, extra)
     fields = _pack(
-        x.data_ptr(), 0,
-        0 if extra is None else extra.data_ptr(),
-        grad_y.data_ptr(),
-        0 if grad_x is None else grad_x.data_ptr(),
-        0 if grad_z is None else grad_z.data_ptr(),
-        0, 0, 0, 0,
-        0 if grad_weight is None else grad_weight.data_ptr(),
-        0 if grad_bias is None else grad_bias.data_ptr(),
+        x.data_ptr(), 0, _address(extra), grad_y.data_ptr(), _address(grad_x), _address(grad_z),
+        0, 0, 0, 0, _address(grad_weight), _address(grad_bias),
         table.data_ptr(), work, work + 8 * plan.typed, 0, reduction, one_run, gradient,
-        *plan.geometry, 0, by_batch, stored, 0,
-        0 if sums is None else sums.data_ptr(),
-        0 if coefficients is None else coefficients.data_ptr(),
-        0 if bits is None else bits.data_ptr(),
+        *plan.geometry, 0, by_batch, stored, 0, _address(sums), _address(coefficients), _address(bits),
         plan.count, 0.0, 0.0,
     )  # fmt: skip
     team.runner()(kernel, fields, plan.threads, 0)
 
 
-class _Scratch(threading.local):
-    """Memory for the calls of a thread: allocating it would cost a small layer as much as its sums."""
+def _work_memory(numbers: int) -> int:
+    """The address of scratch memory for a call of this thread: allocating it would cost a small layer as much
+    as its sums."""
+    if _scratch.numbers < numbers:
+        _scratch.memory = torch.empty(numbers, dtype=torch.float64)
+        _scratch.address, _scratch.numbers = _scratch.memory.data_ptr(), numbers
+    return _scratch.address
 
+
+class _Scratch(threading.local):
     memory: Tensor
     address = numbers = 0
 
-    def grow(self, numbers: int) -> None:
-        self.memory = torch.empty(numbers, dtype=torch.float64)
-        self.address, self.numbers = self.memory.data_ptr(), numbers
-
 
 _scratch = _Scratch()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -38,7 +38,7 @@ _SMALL_SAMPLE_OF_SHORT_RUNS = 1024
 _WIDE_ROW = 128
 # Sums over rows of so many columns take four rows at once, as what they share for a column takes up most of a
 # first-level cache; over narrower ones two, as there more are in each other's way.
-_WIDEST_ROW = 1024
+_COLUMNS_FOR_FOUR_ROWS = 1024
 
 
 class _Loaded(dict[Any, tuple[int, ...]]):
@@ -135,7 +135,7 @@ class Plan:
             return ()
         _, channels, positions, tile, *_ = self.geometry
         columns = tile * positions * (channels if self.kind == "rows" else 1)
-        return (4 if columns >= _WIDEST_ROW and activation not in COSTLY else 2,)
+        return (4 if columns >= _COLUMNS_FOR_FOUR_ROWS and activation not in COSTLY else 2,)
 
     def interleaves(self, avx512: bool) -> bool:
         """Whether loops take four vectors at a time.
