@@ -36,6 +36,7 @@ FUSED = {
     "resnet preactivation": (5, 0),
     "wide resnet": (5, 0),
     "resnet functional": (6, 4),
+    "resnet cifar": (6, 3),
     "mobilenet v1": (5, 0),
     "mobilenet v2": (8, 0),  # its bottlenecks are linear
     "mobilenet v3": (8, 0),

@@ -252,6 +252,28 @@ class FunctionalResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class CifarBlock(nn.Module):
+    """As in the most copied ResNet for CIFAR: a shortcut without a projection is an empty Sequential."""
+
+    def __init__(self, before: int, after: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(before, after, 3, stride), nn.BatchNorm2d(after)
+        self.conv2, self.bn2 = conv(after, after), nn.BatchNorm2d(after)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or before != after:
+            self.shortcut = nn.Sequential(conv(before, after, 1, stride), nn.BatchNorm2d(after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += self.shortcut(x)
+        return F.relu(out)
+
+
+def resnet_cifar() -> Model:
+    return nn.Sequential(CifarBlock(3, 6), CifarBlock(6, 6), CifarBlock(6, 8, 2), head(8)), images(size=8)
+
+
 # Mobile networks.
 
 
@@ -778,6 +800,7 @@ ZOO: dict[str, Callable[[], Model]] = {
     "resnet preactivation": image_model(PreactivationNet, PreactivationBlock, size=8),
     "wide resnet": image_model(PreactivationNet, WideBlock, size=8),
     "resnet functional": image_model(FunctionalResNet, size=8),
+    "resnet cifar": resnet_cifar,
     "mobilenet v1": mobilenet_v1,
     "mobilenet v2": mobilenet_v2,
     "mobilenet v3": mobilenet_v3,

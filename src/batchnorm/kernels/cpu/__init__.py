@@ -71,9 +71,8 @@ def supports(
             return False
     if residual is not None and not (residual.dtype is dtype and residual.is_cpu):
         return False
-    if plan_of(x, channel_dim) is None or is_deterministic():
-        return False
-    return can_run_here() and _work()
+    # Modes first: a plan is kept, and what it makes under a mode (a fake tensor) is of no use to later calls.
+    return not is_deterministic() and can_run_here() and plan_of(x, channel_dim) is not None and _work()
 
 
 def pays(x: Tensor, channel_dim: int, training: bool, activation: str | None, has_residual: bool) -> bool:
@@ -119,7 +118,7 @@ def training(
     """As `reference.training`."""
     call = Call(x, channel_dim, f.OF_BATCH, eps, activation, residual)
     y = call.run(x, weight, bias, residual)
-    count = torch.full((), call.plan.count, dtype=torch.float64)
+    count = torch.full((), call.plan.count, dtype=torch.float64, device="cpu")
     return y, Moments(count, call.table[f.MEAN], call.table[f.M2])
 
 
@@ -169,7 +168,7 @@ def statistics(x: Tensor, *, channel_dim: int) -> Moments:
     the_plan = _planned(x, channel_dim)
     table = torch.empty_like(the_plan.table)
     launch.run_forward(the_plan, table, x, None, None, f.OF_BATCH, the_plan.count)
-    count = torch.full((), the_plan.count, dtype=torch.float64)
+    count = torch.full((), the_plan.count, dtype=torch.float64, device="cpu")
     return Moments(count, table[f.MEAN], table[f.M2])
 
 
@@ -240,7 +239,7 @@ def backward_sums(
     the_plan, grad_y = _planned(x, channel_dim), in_layout_of(x, grad_y)
     keeps = activation in COSTLY or (activation is not None and extra is not None)
     grad_z = new_like(x, the_plan) if keeps else None
-    sums = torch.empty((2, the_plan.channels), dtype=torch.float64)
+    sums = torch.empty((2, the_plan.channels), dtype=torch.float64, device="cpu")
     launch.run_backward(
         the_plan, table, x, extra, grad_y, None, grad_z, None, None, sums, None, True, True, activation,
         slope_from,

@@ -90,7 +90,7 @@ class Call(autograd.Call):
         if self.slope_from != "bits":
             return super().with_slope_of_output(x, extra)
         samples, channels, positions, *_ = self.plan.geometry
-        places = torch.arange(f.WORD, dtype=torch.int32)
+        places = torch.arange(f.WORD, dtype=torch.int32, device="cpu")
         bits = (extra.view(samples, channels, -1, 1) >> places & 1).flatten(2)[..., :positions]
         return (bits * 2 - 1).to(x.dtype).reshape(x.shape)
 

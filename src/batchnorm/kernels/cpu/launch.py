@@ -83,7 +83,7 @@ def _work_memory(numbers: int) -> int:
     """The address of scratch memory for a call of this thread: allocating it would cost a small layer as much
     as its sums."""
     if _scratch.numbers < numbers:
-        _scratch.memory = torch.empty(numbers, dtype=torch.float64)
+        _scratch.memory = torch.empty(numbers, dtype=torch.float64, device="cpu")
         _scratch.address, _scratch.numbers = _scratch.memory.data_ptr(), numbers
     return _scratch.address
 

@@ -92,11 +92,11 @@ class Plan:
         self.threads = threads
         self.work = work
         self.typed = typed
-        self.table = torch.empty((), dtype=torch.float64).expand(int(f.TABLE_ROWS), shape[1])
-        self.parameter = torch.empty((), dtype=dtype).expand(shape[1])
+        self.table = torch.empty((), dtype=torch.float64, device="cpu").expand(int(f.TABLE_ROWS), shape[1])
+        self.parameter = torch.empty((), dtype=dtype, device="cpu").expand(shape[1])
         has_bits = kind == "slabs" and cut[2] == 1
         self.words = shape[0] * shape[1] * -(-shape[2] // f.WORD) if has_bits else 0
-        self.bits = torch.empty((), dtype=torch.int32).expand(self.words)
+        self.bits = torch.empty((), dtype=torch.int32, device="cpu").expand(self.words)
         self.is_large = self.count * self.channels * dtype.itemsize >= LARGE
         self.forward = _Loaded(self._load_forward)
         self.backward = _Loaded(self._load_backward)

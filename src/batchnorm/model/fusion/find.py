@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 import random
 import sys
@@ -91,9 +92,8 @@ def _can_be_traced(module: nn.Module) -> bool:
 def _in_sequential(
     sequential: nn.Module, candidates: set[nn.Module]
 ) -> Iterator[tuple[nn.Module, Place | None]]:
-    children = list(sequential._modules.values())
     caller = nn.Sequential.forward.__module__, "forward"
-    for child, after in zip(children, [*children[1:], None], strict=True):
+    for child, after in itertools.pairwise(sequential._modules.values()):
         if child is not None and (last := output_layer(child)) in candidates and after is not None:
             fits = activation_of_module(after) is not None
             yield last, Place(caller, after) if fits else None
