@@ -163,29 +163,31 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             TypeError: not a tensor, or not floating point.
             ValueError: a wrong shape, or one value per channel in training.
         """
+        return self._run(x, residual, mask, self._activation)
+
+    def _run(self, x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> Tensor:
+        """`forward` with any activation."""
         group = None if self._sync is False else self._group()
         if mask is None and group is None:
             training = self.training
             per_channel = weight, bias, mean, var = self._per_channel()
-            kernel, channel_dim = self._choose(
-                self._choice, x, per_channel, residual, self._activation, training
-            )
+            kernel, channel_dim = self._choose(self._choice, x, per_channel, residual, activation, training)
             if kernel is not reference and training:
                 counter = self._buffers["num_batches_tracked"]
                 if not self.track_running_stats or in_backward():
                     mean, var, counter = self._unmoved(mean, var)
                 return kernel.training_and_moving(
                     x, weight, bias, mean, var, counter, self.momentum, self.eps, channel_dim,
-                    self._activation, residual,
+                    activation, residual,
                 )  # fmt: skip
             if kernel is not reference and _is_constant(mean) and _is_constant(var):
                 return kernel.inference(
                     x, mean, var, weight, bias, eps=self.eps, channel_dim=channel_dim,
-                    activation=self._activation, residual=residual,
+                    activation=activation, residual=residual,
                 )  # fmt: skip
         else:
             channel_dim = self._check_input(x, residual, mask, group)
-        return self._forward_any(x, residual, mask, channel_dim, group)
+        return self._forward_any(x, residual, mask, channel_dim, group, activation)
 
     def _per_channel(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         # Not self.weight: each look-up by nn.Module costs a small layer a microsecond.
@@ -246,12 +248,18 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         return None, None, None
 
     def _forward_any(
-        self, x: Tensor, residual: Tensor | None, mask: Tensor | None, channel_dim: int, group: Any
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        channel_dim: int,
+        group: Any,
+        activation: str | None,
     ) -> Tensor:
         tensors = x, self.weight, self.bias, self.running_mean, self.running_var
         options: dict[str, Any] = {
             "eps": self.eps,
-            "activation": self.activation,
+            "activation": activation,
             "residual": residual,
             "mask": mask,
             "renorm": self._renorm if self.training else None,

@@ -24,3 +24,8 @@ def describe(module: nn.Module) -> str:
             name = next((path for path, child in owner.named_modules() if child is module), name)
         frame = frame.f_back  # type: ignore[assignment]
     return type(module).__name__ if name is None else f"{type(module).__name__} {name!r}"
+
+
+def quoted(module: nn.Module, name: str) -> str:
+    """Class and qualified name, as in `BatchNorm2d 'features.1'`."""
+    return f"{type(module).__name__} {name!r}" if name else type(module).__name__

@@ -2,7 +2,7 @@
 
 from batchnorm.model.absorb import absorb_bias
 from batchnorm.model.adapt import adapt
-from batchnorm.model.convert import convert, revert
+from batchnorm.model.convert import ConversionReport, conversion_report, convert, revert
 from batchnorm.model.folding.fold import fold
 from batchnorm.model.folding.report import FoldReport
 from batchnorm.model.freeze import freeze, unfreeze
@@ -13,13 +13,16 @@ from batchnorm.model.memory_efficient import memory_efficient
 from batchnorm.model.merge_running_statistics import merge_running_statistics
 from batchnorm.model.parameter_groups import parameter_groups
 from batchnorm.model.recalibrate import recalibrate
+from batchnorm.model.registry import register
 from batchnorm.model.reset import reset
 
 __all__ = [
+    "ConversionReport",
     "FoldReport",
     "Joinable",
     "absorb_bias",
     "adapt",
+    "conversion_report",
     "convert",
     "fold",
     "freeze",
@@ -29,6 +32,7 @@ __all__ = [
     "merge_running_statistics",
     "parameter_groups",
     "recalibrate",
+    "register",
     "reset",
     "revert",
     "unfreeze",

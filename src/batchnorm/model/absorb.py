@@ -12,10 +12,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from batchnorm.layers import _BatchNorm as _OurBatchNorm
-from batchnorm.model.batch_norms import batch_norms, check_initialized, has_statistics
+from batchnorm.model.batch_norms import Filter, Model, batch_norms, check_initialized, has_statistics
 from batchnorm.model.calling import call, evaluating, unwrapped
 from batchnorm.model.freeze import is_frozen
+from batchnorm.model.registry import is_known
 
 # By their own class: a subclass may do something else with its bias.
 _BIASED = {
@@ -27,14 +27,17 @@ _BIASED = {
     nn.ConvTranspose2d: 4,
     nn.ConvTranspose3d: 5,
 }
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 _Pair = tuple[nn.Module, _BatchNorm]
 
 
 def absorb_bias(
-    model: nn.Module, example: Any, *, forward: Callable[[nn.Module, Any], Any] | None = None
-) -> nn.Module:
+    model: Model,
+    example: Any,
+    *,
+    filter: Filter | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> Model:
     """Move the bias of a convolution or linear layer before a batch norm into its running mean.
 
     `running_mean -= bias; bias = 0`: a batch norm subtracts the bias again, so in training it does
@@ -49,6 +52,7 @@ def absorb_bias(
     Args:
         model: changed in place; DistributedDataParallel and DataParallel are looked into.
         example: a batch that the model can take, as one of `recalibrate`'s loader.
+        filter: called as `filter(name, layer)` with each batch norm and its qualified name: which are meant.
         forward: called as `forward(model, example)` instead of `model(example)`.
 
     Returns:
@@ -56,11 +60,12 @@ def absorb_bias(
 
     Raises:
         TypeError, RuntimeError: not an nn.Module, or it does not take the example.
-        ValueError: no batch norm, a lazy layer without its first input, or an output for the example that
-            is not the same afterwards (beyond rounding). The model is then as it was.
+        ValueError: no batch norm or none that `filter` names, a lazy layer without its first input, or an
+            output for the example that is not the same afterwards (beyond rounding). The model is then as it
+            was.
     """
     network = unwrapped(model) if isinstance(model, nn.Module) else model
-    batch_norms(network, "absorb_bias")
+    meant = set(batch_norms(network, "absorb_bias", filter).values())
     check_initialized(network, "absorb_bias")
 
     def run() -> list[Tensor]:
@@ -68,7 +73,7 @@ def absorb_bias(
         return [leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
     with evaluating(network):
-        pairs = [pair for pair in _neighbours(network) if _may_absorb(network, *pair)]
+        pairs = [pair for pair in _neighbours(network) if pair[1] in meant and _may_absorb(network, *pair)]
         called = _Called(pairs)
         with called:
             before = run()
@@ -104,7 +109,7 @@ def _may_absorb(model: nn.Module, layer: nn.Module, norm: _BatchNorm) -> bool:
 
 
 def _is_pair(layer: Any, norm: Any) -> bool:
-    return type(layer) in _BIASED and (type(norm) in _NORMS or isinstance(norm, _OurBatchNorm))
+    return type(layer) in _BIASED and isinstance(norm, _BatchNorm) and is_known(type(norm))
 
 
 def _neighbours(model: nn.Module) -> Iterator[_Pair]:

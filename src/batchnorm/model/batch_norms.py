@@ -2,28 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+import itertools
+from collections.abc import Callable
+from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from batchnorm.model.frozen import frozen_batch_norms
+from batchnorm.names import quoted
 
-def batch_norms(model: nn.Module, verb: str) -> dict[str, _BatchNorm]:
+_SHOWN = 5
+
+# Which batch norms a verb is meant for, by qualified name and layer.
+Filter = Callable[[str, nn.Module], bool]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def batch_norms(model: nn.Module, verb: str, filter: Filter | None = None) -> dict[str, _BatchNorm]:
     """The batch norms of `model`, torch.nn's, ours and subclasses, by qualified name, shared ones once.
 
+    Args:
+        filter: those only for which it is true.
+
     Raises:
-        TypeError: `model` is no nn.Module.
+        TypeError: `model` is no nn.Module, or `filter` is no function.
         ValueError: there is none; the message starts with `verb`.
     """
     check_model(model, verb)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
     if not layers:
+        frozen = frozen_batch_norms(model)
+        if frozen:
+            raise ValueError(
+                f"{verb}: the {len(frozen)} batch norms of {type(model).__name__} are frozen for good, as "
+                f"{quoted(*next((m, name) for name, m in frozen.items()))}: they normalise by constants, and "
+                f"there is nothing to {verb}"
+            )
         raise ValueError(
             f"{verb}: no batch norm in {type(model).__name__}: expected a model with torch.nn's or this "
             "package's batch norm layers"
         )
-    return layers
+    return layers if filter is None else _meant(layers, filter, verb)
+
+
+def _meant(layers: dict[str, _BatchNorm], filter: Filter, verb: str) -> dict[str, _BatchNorm]:
+    if not callable(filter):
+        raise TypeError(f"{verb}: expected filter to be a function of a name and a layer, got {filter!r}")
+    meant = {name: layer for name, layer in layers.items() if filter(name, layer)}
+    if not meant:
+        names = ", ".join(quoted(layer, name) for name, layer in itertools.islice(layers.items(), _SHOWN))
+        more = f" and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else ""
+        raise ValueError(f"{verb}: filter is true for none of the {len(layers)} batch norms: {names}{more}")
+    return meant
 
 
 def check_model(model: Any, verb: str) -> None:
@@ -62,8 +94,3 @@ def batches_counted(module: nn.Module) -> int | None:
 def is_number(value: Any) -> TypeGuard[float | Tensor]:
     """Whether it is one number, or a tensor of one."""
     return isinstance(value, float | int) or (isinstance(value, Tensor) and value.numel() == 1)
-
-
-def quoted(module: nn.Module, name: str) -> str:
-    """Class and qualified name, as in `BatchNorm2d 'features.1'`."""
-    return f"{type(module).__name__} {name!r}" if name else type(module).__name__

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.model.batch_norms import quoted
+from batchnorm.names import quoted
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

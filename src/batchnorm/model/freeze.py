@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
-from batchnorm.model.batch_norms import batch_norms, check_initialized, check_model, has_statistics
+from batchnorm.model.batch_norms import (
+    Filter,
+    Model,
+    batch_norms,
+    check_initialized,
+    check_model,
+    has_statistics,
+)
 
 _WHEN_FROZEN = "_requires_grad_when_frozen"
 
 
-def freeze(model: nn.Module, *, statistics: bool = True, affine: bool = False) -> nn.Module:
+def freeze(
+    model: Model, *, filter: Filter | None = None, statistics: bool = True, affine: bool = False
+) -> Model:
     """Let the batch norms of `model` stay as they are while the rest of it trains.
 
     For fine-tuning with few samples, or with batches too small for statistics. Freezing again adds to what
@@ -19,6 +29,7 @@ def freeze(model: nn.Module, *, statistics: bool = True, affine: bool = False) -
 
     Args:
         model: changed in place; torch.nn's layers and ours, of any rank.
+        filter: called as `filter(name, layer)` with each batch norm and its qualified name: which are meant.
         statistics: normalise by the running statistics and do not move them, also after `model.train()`:
             the layers stay in eval mode. Layers without running statistics are left alone.
         affine: set requires_grad=False on `weight` and `bias`. `model.requires_grad_(True)` makes them
@@ -30,16 +41,17 @@ def freeze(model: nn.Module, *, statistics: bool = True, affine: bool = False) -
         model
 
     Raises:
-        TypeError: not an nn.Module.
+        TypeError: not an nn.Module, or `filter` is no function.
         ValueError: nothing to freeze: both are False, or the model has no batch norm, or only ones without
-            running statistics or without weight and bias; or a lazy layer has not seen its first input yet.
+            running statistics or without weight and bias, or that are frozen for good, or `filter` names
+            none; or a lazy layer has not seen its first input yet.
     """
     if not (statistics or affine):
         raise ValueError("freeze: statistics=False and affine=False freeze nothing; set one of them to True")
-    layers = batch_norms(model, "freeze").values()
+    layers = batch_norms(model, "freeze", filter).values()
     check_initialized(model, "freeze")
     with_statistics = [layer for layer in layers if statistics and has_statistics(layer)]
-    with_affine = [layer for layer in layers if affine and list(layer.parameters())]
+    with_affine = [layer for layer in layers if affine and _own_parameters(layer)]
     if not (with_statistics or with_affine):
         lacking = " or ".join(["running statistics"] * statistics + ["weight and bias"] * affine)
         raise ValueError(f"freeze: the batch norms of {type(model).__name__} have no {lacking} to freeze")
@@ -50,14 +62,14 @@ def freeze(model: nn.Module, *, statistics: bool = True, affine: bool = False) -
     for layer in with_affine:
         if _WHEN_FROZEN not in layer.__dict__:
             layer.__dict__[_WHEN_FROZEN] = {
-                name: parameter.requires_grad for name, parameter in layer.named_parameters()
+                name: parameter.requires_grad for name, parameter in _own_parameters(layer).items()
             }
-        for parameter in layer.parameters():
+        for parameter in _own_parameters(layer).values():
             parameter.requires_grad_(False)
     return model
 
 
-def unfreeze(model: nn.Module) -> nn.Module:
+def unfreeze(model: Model, *, filter: Filter | None = None) -> Model:
     """Undo `freeze`: layers move their statistics and learn as they would had they never been frozen.
 
     The layers are in the mode that `train()` and `eval()` last asked for, `weight` and `bias` have the
@@ -66,24 +78,35 @@ def unfreeze(model: nn.Module) -> nn.Module:
 
     Args:
         model: changed in place; may be a part of what was frozen.
+        filter: called as `filter(name, layer)` with each batch norm and its qualified name: which are meant.
 
     Returns:
         model
 
     Raises:
-        TypeError: not an nn.Module.
+        TypeError: not an nn.Module, or `filter` is no function.
+        ValueError: `filter` names no batch norm.
     """
     check_model(model, "unfreeze")
-    for layer in model.modules():
+    meant = model.modules() if filter is None else batch_norms(model, "unfreeze", filter).values()
+    for layer in meant:
         stays = layer.__dict__.get("train")
         if isinstance(stays, _StaysInEval):
             del layer.__dict__["train"]
             layer.training = stays.asked_for
         requires_grad = layer.__dict__.pop(_WHEN_FROZEN, {})
-        for name, parameter in layer.named_parameters():
+        for name, parameter in _own_parameters(layer).items():
             if name in requires_grad:
                 parameter.requires_grad_(requires_grad[name])
     return model
+
+
+def _own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Of the layer itself, not of layers inside it; a parametrized one's are in its parametrizations."""
+    own = dict(layer.named_parameters(recurse=False))
+    if is_parametrized(layer):
+        own |= dict(layer.parametrizations.named_parameters("parametrizations"))  # type: ignore[union-attr]
+    return own
 
 
 def is_frozen(layer: nn.Module) -> bool:

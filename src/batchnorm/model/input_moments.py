@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import checks
-from batchnorm.model.batch_norms import quoted
 from batchnorm.model.gather import Seen
 from batchnorm.moments import Moments
+from batchnorm.names import quoted
 
 # Taken to float64 at a time: on a CPU what stays in its cache, which is 5 times as fast; on a device, whose
 # memory float64 copies should not fill, enough to keep it busy.

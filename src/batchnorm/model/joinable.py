@@ -11,8 +11,9 @@ from torch.distributed.algorithms.join import Join, JoinHook
 from torch.distributed.algorithms.join import Joinable as TorchJoinable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.model.batch_norms import check_model, quoted
+from batchnorm.model.batch_norms import check_model
 from batchnorm.model.nested import tensors_in
+from batchnorm.names import quoted
 
 
 class Joinable(nn.Module, TorchJoinable):

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from batchnorm import recipes
-from batchnorm.model.batch_norms import check_model
+from batchnorm.model.batch_norms import Model, check_model
 
 _hooks_enabled = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
 
 
-def memory_efficient(model: nn.Module, enabled: bool = True) -> nn.Module:
+def memory_efficient(model: Model, enabled: bool = True) -> Model:
     """Let the backward pass of `model` build the outputs of its batch norms again instead of keeping them.
 
     What a convolution saves of a batch norm with `activation=` before it is one multiply-add and an

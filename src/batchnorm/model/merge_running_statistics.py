@@ -6,14 +6,15 @@ import hashlib
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.distributed import Processes, group_of, parse
-from batchnorm.model.batch_norms import check_model, has_statistics, is_initialized, quoted
+from batchnorm.model.batch_norms import Model, check_model, has_statistics, is_initialized
+from batchnorm.names import quoted
 
 
-def merge_running_statistics(model: nn.Module, group: Any = None) -> nn.Module:
+def merge_running_statistics(model: Model, group: Any = None) -> Model:
     """Replace the running statistics of every process by those of all the data they saw together.
 
     For layers that are not synchronised, before evaluating or saving: DistributedDataParallel keeps those of

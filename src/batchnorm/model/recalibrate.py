@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.model.batch_norms import batch_norms, check_initialized, check_model, has_statistics, quoted
+from batchnorm.model.batch_norms import batch_norms, check_initialized, check_model, has_statistics
 from batchnorm.model.batches import Batches
 from batchnorm.model.calling import call, evaluating, unwrapped
 from batchnorm.model.freeze import is_frozen
 from batchnorm.model.gather import Seen, check_alike, check_group, gathered
 from batchnorm.model.input_moments import InputMoments
 from batchnorm.model.ranks import Ranks
+from batchnorm.names import quoted
 
 # (layer, what it has seen, mean, variance) -> the mean and the variance to write.
 Blend = Callable[[_BatchNorm, Seen, Tensor, Tensor], tuple[Tensor, Tensor]]

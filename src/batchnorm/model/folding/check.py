@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from batchnorm.model.batch_norms import quoted
 from batchnorm.model.nested import tensors_in
+from batchnorm.names import quoted
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 

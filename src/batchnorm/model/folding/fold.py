@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.model.batch_norms import batch_norms, check_initialized, quoted
+from batchnorm.model.batch_norms import batch_norms, check_initialized
 from batchnorm.model.convert import revert
 from batchnorm.model.folding import check
 from batchnorm.model.folding.arithmetic import Weights
@@ -19,6 +19,7 @@ from batchnorm.model.folding.graph import Calls, Graphs, record_calls
 from batchnorm.model.folding.plan import Plan, Planner
 from batchnorm.model.folding.report import FoldReport, NotFolded
 from batchnorm.model.nested import tensors_in
+from batchnorm.names import quoted
 
 
 def fold(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> nn.Module:

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.checks import first_line
-from batchnorm.model.batch_norms import quoted
+from batchnorm.model.hooks import has_hooks
+from batchnorm.names import quoted
 
 # A node, and the reorderings of dimensions and flattens on the way to it.
 Path = tuple[fx.Node, tuple[fx.Node, ...]]
@@ -292,18 +293,6 @@ def inherits_forward(module: nn.Module) -> bool:
             ]
             return all(same) and "forward" not in vars(module)
     return False
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything looks at, or changes, what goes through `module`."""
-    return any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-    )
 
 
 def _operations(graph: fx.Graph) -> list[tuple[str, Any]]:

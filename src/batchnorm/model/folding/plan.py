@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import layers
-from batchnorm.model.batch_norms import quoted
 from batchnorm.model.folding.arithmetic import Affine, MultiplyAdd, ResidualActivation, shift_meets_zeros
 from batchnorm.model.folding.check import EvalSyncBatchNorm
-from batchnorm.model.folding.graph import Graphs, Path, has_hooks, inherits_forward, moved
+from batchnorm.model.folding.graph import Graphs, Path, inherits_forward, moved
 from batchnorm.model.folding.report import Folded, NotFolded
+from batchnorm.model.hooks import has_hooks
+from batchnorm.names import quoted
 
 _FORWARDS = (
     _BatchNorm.forward,

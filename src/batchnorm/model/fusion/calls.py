@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 # How activations are called: the name of ours, and the arguments after the input with what they must be.
@@ -33,9 +34,11 @@ _CALLS: dict[Any, tuple[str, dict[str, Any]]] = {
 }
 # What an argument is when it is left out; all others default to the value they must have.
 _DEFAULTS = {"min_val": -1.0, "max_val": 1.0}
-_MODULES = {
-    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
-    nn.Hardsigmoid, nn.Softplus, nn.Sigmoid, nn.Tanh,
+# torch.nn's modules: the name of those that are always the same function, None where arguments decide.
+_MODULES: dict[type[nn.Module], str | None] = {
+    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardtanh: None, nn.LeakyReLU: None, nn.ELU: None, nn.GELU: None,
+    nn.SiLU: "silu", nn.Mish: "mish", nn.Hardswish: "hardswish", nn.Hardsigmoid: "hardsigmoid",
+    nn.Softplus: None, nn.Sigmoid: "sigmoid", nn.Tanh: "tanh",
 }  # fmt: skip
 ADDS = {Tensor.add, Tensor.add_, torch.add}
 _IN_PLACE = {function for function in _CALLS if function.__name__.endswith("_")}
@@ -80,7 +83,35 @@ _asking = Tensor._make_subclass(_Asking, NOTHING)
 
 
 def activation_of_module(module: nn.Module) -> Activation | None:
+    """The activation that a module is, if it is one that the layers know: torch.nn's or anybody's."""
+    if type(module) in _MODULES:
+        return torchs_activation(module)
+    if is_compiling() or "forward" in module.__dict__ or not _may_be_activation(module):
+        return None
+    return _ask_a_copy(module)
+
+
+def torchs_activation(module: nn.Module) -> Activation | None:
     """The activation that a module is, if it is one of torch.nn's own that the layers know."""
     if type(module) not in _MODULES or "forward" in module.__dict__:
         return None
-    return module.forward(_asking)
+    name = _MODULES[type(module)]
+    if name is not None:
+        return Activation(name, bool(getattr(module, "inplace", False)))
+    return None if is_compiling() else module.forward(_asking)  # a compiler sees what is called
+
+
+def _may_be_activation(module: nn.Module) -> bool:
+    holds = module._parameters or module._buffers or module._modules
+    return not holds and not isinstance(module, (*_MODULES, torch.jit.ScriptModule))
+
+
+def _ask_a_copy(module: nn.Module) -> Activation | None:
+    """What the forward of somebody's module calls, if that is all it does; it may write into its module."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    try:
+        answer = twin.forward(_asking)
+    except Exception:  # it does more than to call a function
+        return None
+    return answer if isinstance(answer, Activation) else None

@@ -18,17 +18,20 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as _TorchBatchNorm
 
 from batchnorm.model.fusion.calls import Activation, activation_of, activation_of_module
-from batchnorm.model.fusion.waiting import caller_of, hooked, hooked_after, is_sequential, output_layer
+from batchnorm.model.fusion.waiting import caller_of, is_sequential, output_layer
+from batchnorm.model.hooks import has_hooks, has_hooks_after
 
 # Layers that return a new tensor, which they keep for nothing.
 _FRESH = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 class Place(NamedTuple):
-    """Where a batch norm may wait: the function that calls it, and the module of the activation after it."""
+    """Where a batch norm may wait: the function that calls it, the module of the activation after it, if it
+    is one, and what it runs together with, in words."""
 
     caller: tuple[str, str]
     follower: nn.Module | None
+    what: str
 
 
 def find(model: nn.Module, candidates: Iterable[nn.Module]) -> dict[nn.Module, list[Place]]:
@@ -48,7 +51,11 @@ def find(model: nn.Module, candidates: Iterable[nn.Module]) -> dict[nn.Module, l
                 if place is not None and place.follower is not None:
                     place = place._replace(follower=originals[place.follower])
                 seen.append((originals[twin], place))
-    refused = {m for m, place in seen if place is None or hooked_after(m) or hooked(place.follower)}
+    refused = {
+        module
+        for module, place in seen
+        if place is None or has_hooks_after(module) or (place.follower and has_hooks(place.follower))
+    }
     found: dict[nn.Module, list[Place]] = {}
     for batch_norm, place in seen:
         if place is not None and batch_norm not in refused:
@@ -95,8 +102,8 @@ def _in_sequential(
     caller = nn.Sequential.forward.__module__, "forward"
     for child, after in itertools.pairwise(sequential._modules.values()):
         if child is not None and (last := output_layer(child)) in candidates and after is not None:
-            fits = activation_of_module(after) is not None
-            yield last, Place(caller, after) if fits else None
+            activation = activation_of_module(after)
+            yield last, None if activation is None else Place(caller, after, activation.name)
 
 
 def _in_module(module: nn.Module, candidates: set[nn.Module]) -> list[tuple[nn.Module, Place | None]]:
@@ -192,7 +199,8 @@ def _place(
         return None
     if nodes.index(following) != nodes.index(node) + 1 and not _has_fresh_input(node, modules):
         return None
-    return Place(caller_of(frames[node]), follower)
+    what = activation.name if following is user else f"add, {activation.name}"
+    return Place(caller_of(frames[node]), follower, what)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -23,6 +23,7 @@ from batchnorm.layers import (
     _BatchNorm,
 )
 from batchnorm.model.fusion.calls import ADDS, NOTHING, activation_of
+from batchnorm.model.hooks import has_hooks, has_hooks_after
 from batchnorm.names import describe
 
 _any_global_hook = getattr(nn.modules.module, "_has_any_global_hook", lambda: False)
@@ -44,14 +45,13 @@ class _Pass:
                 f"{describe(self.layer)}: its input was changed in place before the activation that it is "
                 "fused with. Change it later, or convert the model with fuse=False"
             )
-        # The layer with another activation; not by setting it, which another thread would see.
-        layer = object.__new__(type(self.layer))
-        layer.__dict__.update(self.layer.__dict__)
-        layer.__dict__["_activation"] = activation
+        layer = self.layer
         if self.ran:
-            layer.__dict__["track_running_stats"] = False
+            # Statistics move once. On a copy: another thread may be in the layer.
+            layer = object.__new__(type(self.layer))
+            layer.__dict__.update(self.layer.__dict__, track_running_stats=False)
         self.ran = True
-        return _BatchNorm.forward(layer, self.x, residual)
+        return layer._run(self.x, residual, None, activation)
 
 
 def _version(x: Tensor) -> int | None:
@@ -197,8 +197,8 @@ class _Fusing(_BatchNorm):
     def _may_wait(self, frame: FrameType | None) -> bool:
         if (
             self._activation is not None
-            or hooked_after(self)
-            or any(hooked(follower) for follower in self._followers)
+            or has_hooks_after(self)
+            or any(has_hooks(follower) for follower in self._followers)
             or _any_global_hook()
             or torch.jit.is_tracing()
             or under_transform()
@@ -218,7 +218,7 @@ def _caller(module: nn.Module, frame: FrameType | None) -> FrameType | None:
         sequential = frame.f_locals["self"]
         if _last(sequential) is not module:
             return frame
-        if hooked_after(sequential):
+        if has_hooks_after(sequential):
             return None
         module, frame = sequential, frame.f_back
 
@@ -237,16 +237,6 @@ def output_layer(module: nn.Module) -> nn.Module:
 
 def _last(sequential: nn.Module) -> nn.Module | None:
     return next(reversed(sequential._modules.values()), None)
-
-
-def hooked_after(module: nn.Module) -> bool:
-    """Whether a hook sees the output of `module`, or its gradient."""
-    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
-def hooked(module: nn.Module | None) -> bool:
-    """Whether a hook sees the input or the output of `module`, or its gradient; of None, there is none."""
-    return module is not None and (bool(module._forward_pre_hooks) or hooked_after(module))
 
 
 def caller_of(frame: FrameType) -> tuple[str, str]:
