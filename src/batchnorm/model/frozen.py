@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -48,6 +49,8 @@ def without_steps(module: nn.Module) -> Any:
 
 def _channels(module: nn.Module) -> int | None:
     """How many values its running mean has, if its other tensors per channel have as many."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     mean, var = module._buffers.get("running_mean"), module._buffers.get("running_var")
     if mean is None or var is None or mean.ndim != 1 or mean.is_meta:
         return None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 _SAMPLES = 4
 _POSITIONS = (2, 3, 2)
@@ -29,7 +30,10 @@ def twin_of(module: nn.Module) -> Any:
                 memo[id(value)] = type(value)()
             elif not isinstance(value, (dict, list, tuple, set, Tensor, nn.Module, type(None))):
                 memo.setdefault(id(value), value)  # a process group, a lock
-    return copy.deepcopy(module, memo).double()
+    twin = copy.deepcopy(module, memo).double()
+    for part in twin.modules():
+        without_processes(part)
+    return twin
 
 
 def random_input(layer: nn.Module, channels: int, rank: int | None = None) -> Tensor:
@@ -40,6 +44,21 @@ def random_input(layer: nn.Module, channels: int, rank: int | None = None) -> Te
     per_channel = (channels, *[1] * (rank - 2))
     x = torch.randn(_SAMPLES, channels, *_POSITIONS[: rank - 2], **options)
     return x * (torch.rand(per_channel, **options) + 0.5) + torch.randn(per_channel, **options)
+
+
+class PlainSyncBatchNorm(nn.SyncBatchNorm):
+    """SyncBatchNorm that normalises by its own batch, on any device."""
+
+    forward = _BatchNorm.forward
+
+
+def without_processes(module: nn.Module) -> None:
+    """Let a SyncBatchNorm of torch.nn's, or of a subclass, normalise by its own batch, on any device."""
+    if type(module) is nn.SyncBatchNorm:
+        module.__class__ = PlainSyncBatchNorm
+    elif isinstance(module, nn.SyncBatchNorm) and not isinstance(module, PlainSyncBatchNorm):
+        cls = type(module)
+        module.__class__ = type(cls.__name__, (cls, PlainSyncBatchNorm), {})
 
 
 @contextmanager

@@ -1,17 +1,14 @@
-"""Scale and shift per channel, put into weights: the arithmetic of fold, in float64."""
+"""A scale and a shift per channel, in float64, and the modules that do what is left of a batch norm."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 
 from batchnorm.kernels.reference import ACTIVATIONS
-from batchnorm.model.folding.graph import CONVOLUTIONS, TRANSPOSED
 
 
 class Affine(NamedTuple):
@@ -21,17 +18,14 @@ class Affine(NamedTuple):
     shift: Tensor
 
     @classmethod
-    def of(cls, layer: _BatchNorm) -> Affine:
-        """What `layer` does in eval mode: scale = weight / sqrt(var + eps), shift = bias - mean * scale."""
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        mean, var = layer.running_mean.detach().double(), layer.running_var.detach().double()
-        scale = (var + layer.eps).rsqrt()
-        if layer.weight is not None:
-            scale = scale * layer.weight.detach().double()
-        shift = -mean * scale
-        if layer.bias is not None:
-            shift = shift + layer.bias.detach().double()
+    def of(cls, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Affine:
+        """What batch norm does: scale = weight / sqrt(var + eps), shift = bias - mean * scale."""
+        scale = (var.detach().double() + eps).rsqrt()
+        if weight is not None:
+            scale = scale * weight.detach().double()
+        shift = -mean.detach().double() * scale
+        if bias is not None:
+            shift = shift + bias.detach().double()
         return cls(scale, shift)
 
     def after(self, first: Affine) -> Affine:
@@ -49,6 +43,8 @@ class Affine(NamedTuple):
 
 class MultiplyAdd(nn.Module):
     """`activation(x * weight + bias + residual)`: batch norm in eval mode, as two numbers per channel.
+
+    Modules in it are applied after that, in order.
 
     Args:
         affine: the scale and shift, (C,) each.
@@ -78,7 +74,10 @@ class MultiplyAdd(nn.Module):
         shape = (-1, *[1] * (behind - 1))
         weight, bias = self.weight.reshape(shape), self.bias.reshape(shape)
         y = torch.addcmul(bias, x.to(weight.dtype), weight).to(x.dtype)
-        return _finish(y, residual, self.activation)
+        y = _finish(y, residual, self.activation)
+        for step in self._modules.values():
+            y = step(y)  # type: ignore[misc]
+        return y
 
     def extra_repr(self) -> str:
         """The number of channels, where they are, and the activation if there is one."""
@@ -106,66 +105,23 @@ class ResidualActivation(nn.Module):
         return f"activation={self.activation!r}"
 
 
+class Applies(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the function makes of `x`."""
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        """The function's name."""
+        return getattr(self.function, "__name__", repr(self.function))
+
+
 def _finish(x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
     if residual is not None:
         x = x + residual
     return x if activation is None else ACTIVATIONS[activation](x)
-
-
-class Weights:
-    """Weight and bias of a convolution or linear layer, in float64 until all is folded into them."""
-
-    def __init__(self, layer: Any) -> None:
-        self._layer = layer
-        self._transposed = isinstance(layer, TRANSPOSED)
-        self._groups: int = getattr(layer, "groups", 1)
-        weight: Tensor = layer.weight.detach().double()
-        # (groups, outputs, inputs, ...) of a group; (groups, inputs, outputs, ...) where transposed.
-        self._weight = weight.unflatten(0, (self._groups, -1))
-        outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-        self._bias = weight.new_zeros(outputs) if layer.bias is None else layer.bias.detach().double()
-
-    def put_after(self, affine: Affine) -> None:
-        """The layer, then `affine` on its outputs."""
-        self._weight = self._weight * self._along(affine.scale, 2 if self._transposed else 1)
-        self._bias = self._bias * affine.scale + affine.shift
-
-    def put_before(self, affine: Affine) -> None:
-        """`affine` on the inputs, then the layer."""
-        inputs = 1 if self._transposed else 2
-        shifted = self._weight * self._along(affine.shift, inputs)
-        dims = [dim for dim in range(1, shifted.ndim) if dim != (2 if self._transposed else 1)]
-        self._bias = self._bias + shifted.sum(dims).flatten()
-        self._weight = self._weight * self._along(affine.scale, inputs)
-
-    def write(self) -> bool:
-        """Make them the layer's Parameters, rounded once to its dtype; whether they are finite there."""
-        layer = self._layer
-        weight, trains = layer.weight.detach(), layer.weight.requires_grad
-        if parametrize.is_parametrized(layer):
-            # Not by remove_parametrizations: that changes the class, which layers copied from this share.
-            layer.__class__ = parametrize.type_before_parametrizations(layer)
-            del layer.parametrizations
-        folded = torch.empty_like(weight).copy_(self._weight.flatten(0, 1))
-        layer.weight = nn.Parameter(folded, trains)
-        layer.bias = nn.Parameter(self._bias.to(weight.dtype), trains)
-        return bool(folded.isfinite().all() and layer.bias.isfinite().all())
-
-    def _along(self, values: Tensor, dim: int) -> Tensor:
-        shape = [1] * self._weight.ndim
-        shape[0], shape[dim] = self._groups, -1
-        return values.reshape(shape)
-
-
-def shift_meets_zeros(layer: Any) -> bool:
-    """Whether outputs of `layer` may read zeros that are no inputs: a shift before it does not reach them."""
-    if isinstance(layer, CONVOLUTIONS):
-        if layer.padding_mode != "zeros" or layer.padding == "valid":
-            return False
-        if layer.padding == "same":
-            return any(size > 1 for size in layer.kernel_size)
-        return any(layer.padding)
-    if isinstance(layer, TRANSPOSED):
-        one_to_one = math.prod(layer.kernel_size) == math.prod(layer.stride) == 1
-        return not one_to_one or any(layer.padding) or any(layer.output_padding)
-    return False

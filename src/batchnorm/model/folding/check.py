@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from batchnorm.model.nested import tensors_in
+from batchnorm.model.probe import without_processes
 from batchnorm.names import quoted
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
@@ -72,19 +73,8 @@ def runnable_copy(model: nn.Module) -> nn.Module:
     """A copy to run and spoil; its SyncBatchNorm, which torch runs on a GPU only, is plain batch norm."""
     copied = copy_of(model)
     for module in copied.modules():
-        if type(module) is nn.SyncBatchNorm:
-            module.__class__ = EvalSyncBatchNorm
+        without_processes(module)
     return copied
-
-
-class EvalSyncBatchNorm(nn.SyncBatchNorm):
-    """SyncBatchNorm in eval mode, on any device."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise as in eval mode, whatever the mode is; nothing moves or is communicated."""
-        mean, var = self.running_mean, self.running_var
-        by_batch = mean is None and var is None
-        return nn.functional.batch_norm(input, mean, var, self.weight, self.bias, by_batch, 0.0, self.eps)
 
 
 def run(model: nn.Module, example: Example) -> Any:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.model.batch_norms import batch_norms, check_initialized
+from batchnorm.model.batch_norms import Filter, Model, batch_norms, check_initialized, check_model
 from batchnorm.model.convert import revert
 from batchnorm.model.folding import check
-from batchnorm.model.folding.arithmetic import Weights
-from batchnorm.model.folding.graph import Calls, Graphs, record_calls
+from batchnorm.model.folding.apply import carry_out
+from batchnorm.model.folding.calls import Calls, record_calls
+from batchnorm.model.folding.functional import FunctionalNorms
+from batchnorm.model.folding.norms import LEFT_BY_FILTER, Norm, norm_of_layer, norms_of_functions
+from batchnorm.model.folding.paths import Layer
 from batchnorm.model.folding.plan import Plan, Planner
+from batchnorm.model.folding.recorded import RecordedGraph
 from batchnorm.model.folding.report import FoldReport, NotFolded
+from batchnorm.model.folding.traced import TracedGraph
+from batchnorm.model.folding.verify import Errors, Pair, errors_of
+from batchnorm.model.folding.weights import takes_scale_after
 from batchnorm.model.nested import tensors_in
 from batchnorm.names import quoted
 
 
-def fold(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> nn.Module:
+def fold(model: Model, example: Any, *, filter: Filter | None = None, tolerance: float = 1e-9) -> Model:
     """A deployment copy of `model`, in eval mode, whose batch norms are in their neighbours' weights.
 
     In eval mode batch norm is `x * scale + shift` per channel, with
@@ -68,24 +72,87 @@ def fold(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> nn.Modul
     """
     # What torch.compile returns would compile each copy; it is a wrapper of the model's own module.
     model = getattr(model, "_orig_mod", model)
-    batch_norms(model, "fold")
+    check_model(model, "fold")
     check_initialized(model, "fold")
     if not tolerance > 0:
         raise ValueError(f"fold: tolerance must be above 0, got {tolerance}")
     arguments = check.as_arguments(example)
     source = revert(check.copy_of(model)).eval()  # the layers of `convert` wait for what follows them
-
     with check.keep_random_state(model):
-        scratch = check.runnable_copy(source)
-        unfolded, calls = _run_recording(scratch, arguments)
-        graphs = Graphs(scratch, calls)
-        plan = Planner(graphs).plan()
-        _check_comparable(source, unfolded)
+        look = _Look(check.runnable_copy(source), arguments, filter)
+        _check_comparable(source, look.output)
+        plan = look.plan(by_example=True)
+        pair = Pair(source, plan, look.arguments, tolerance)
+        if plan.by_example and not pair.holds_elsewhere(arguments):
+            plan = look.plan(by_example=False)
+            pair = Pair(source, plan, look.arguments, tolerance)
+        folded = carry_out(plan, check.copy_of(source), look.arguments)
+        errors = errors_of(pair, folded, look.output, arguments)
+    folded.fold_report = _report(plan, look, source, folded, errors)  # type: ignore[assignment]
+    return folded  # type: ignore[return-value]
 
-        folded = _apply(plan, check.copy_of(source))
-        errors = _Errors.of(source, folded, plan, arguments, unfolded, tolerance)
-    folded.fold_report = _report(plan, graphs, source, folded, errors, tolerance)  # type: ignore[assignment]
-    return folded
+
+class _Look:
+    """What fold knows of a model from a run of the example and a trace.
+
+    Attributes:
+        output: that of the run.
+        traced: the graph of what torch.fx can trace.
+        arguments: constant ones of the modules that call batch norm as a function, by name.
+    """
+
+    def __init__(self, model: nn.Module, example: check.Example, filter: Filter | None) -> None:
+        self._names = {module: name for name, module in model.named_modules()}
+        norms = {m: norm_of_layer(m, name, filter) for m, name in self._names.items()}
+        self._norms: dict[Layer, Norm] = {m: norm for m, norm in norms.items() if norm is not None}
+        self.output, self._calls = _run_recording(model, example)
+        self._weighted: set[nn.Module] = {
+            module for module in self._names if takes_scale_after(module, self._calls[module])
+        }
+        self._recorded = RecordedGraph(model, self._calls, self._is_taken)
+        self._recorded.record(lambda: check.run(model, example))
+        owners = self._recorded.owners_of_functional()
+        self.arguments = {self._names[owner]: constants for owner, constants in owners.items()}
+        functional = FunctionalNorms(owners)
+        self._recorded.name_functional(functional)
+        self.traced = TracedGraph(model, self._calls, self._is_layer, functional)
+        self._norms |= norms_of_functions(functional, self._names, filter)
+        if not self._norms:
+            batch_norms(model, "fold")  # says that there is none
+        if all(norm.reason == LEFT_BY_FILTER for norm in self._norms.values()):
+            raise ValueError(f"fold: the filter is true for none of the {len(self._norms)} batch norms")
+        for layer, norm in self._norms.items():
+            norm.ranks = frozenset(self._ranks(layer))
+
+    def plan(self, *, by_example: bool) -> Plan:
+        """Where each batch norm goes, also by what holds for the example alone or not."""
+        norms = {layer: replace(norm) for layer, norm in self._norms.items()}
+        recorded = self._recorded if by_example else None
+        return Planner(self._names, self._calls, norms, self._weighted, self.traced, recorded).plan()
+
+    def name(self, module: nn.Module) -> str:
+        """Class and qualified name."""
+        return quoted(module, self._names[module])
+
+    def has_norms(self, module: nn.Module) -> bool:
+        """Whether a batch norm that is a layer is in a module."""
+        return any(inner in self._norms for inner in module.modules())
+
+    def _is_taken(self, module: nn.Module) -> bool:
+        return module in self._norms or module in self._weighted
+
+    def _is_layer(self, module: nn.Module) -> bool:
+        if self._is_taken(module):
+            return True
+        torchs_own = type(module).__module__.startswith("torch.nn") and not isinstance(
+            module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+        )
+        return torchs_own and not self.has_norms(module)
+
+    def _ranks(self, layer: Layer) -> set[int]:
+        if isinstance(layer, nn.Module):
+            return {len(shape) for shape in self._calls[layer].shapes}
+        return {len(step.shape) for step in self._recorded.nodes.get(layer, [])}
 
 
 def _run_recording(model: nn.Module, arguments: check.Example) -> tuple[Any, dict[nn.Module, Calls]]:
@@ -120,132 +187,25 @@ def _shape(value: Any) -> str:
     return type(value).__name__
 
 
-def _apply(plan: Plan, model: nn.Module) -> nn.Module:
-    """Carry `plan` out on `model`, in place; returns what takes its place where it is itself a batch norm."""
-    weights: dict[str, Weights] = {}
-    for step in plan.steps:
-        if step.into not in weights:
-            weights[step.into] = Weights(model.get_submodule(step.into))
-        put = weights[step.into].put_after if step.comes_after else weights[step.into].put_before
-        put(step.affine)
-    for name, folded in weights.items():
-        if not folded.write():
-            raise ValueError(
-                f"fold: the folded weights of {quoted(model.get_submodule(name), name)} are too large for "
-                "their dtype: fold the model in float32 and convert the copy"
-            )
-    for name, replacement in plan.replacements.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, _BatchNorm)
-        new = replacement.of(layer)
-        if layer is model:
-            return new
-        for parent in list(model.modules()):
-            for key, child in parent._modules.items():
-                if child is layer:
-                    parent._modules[key] = new
-    return model
-
-
-@dataclass(frozen=True)
-class _Errors:
-    copy: float
-    model: float
-    float64: float
-
-    @classmethod
-    def of(
-        cls,
-        source: nn.Module,
-        folded: nn.Module,
-        plan: Plan,
-        arguments: check.Example,
-        unfolded: Any,
-        tolerance: float,
-    ) -> _Errors:
-        """Run model and copy in float64, and the copy as it is.
-
-        Raises:
-            ValueError: they differ; the message has the error and the first layers to differ.
-        """
-        model = check.to_float64(check.runnable_copy(source))
-        copied = _apply(plan, check.to_float64(check.runnable_copy(source)))
-        wanted = _run_or_say(partial(check.run_float64, model, arguments), "the model", "in float64")
-        got = _run_or_say(partial(check.run_float64, copied, arguments), "the folded copy", "in float64")
-        error = check.relative_error(wanted, got)
-        if not error <= tolerance:
-            culprits = _culprits(model, copied, plan, arguments, tolerance)
-            raise ValueError(
-                f"fold: model and folded copy differ by {error:.3g} of the largest output in float64, where "
-                f"{tolerance:.3g} is allowed (tolerance). {culprits}"
-            )
-        as_is = _run_or_say(
-            partial(check.run, check.runnable_copy(folded), arguments), "the folded copy", "on the example"
-        )
-        return cls(
-            copy=check.relative_error(wanted, as_is, exactly=False),
-            model=check.relative_error(wanted, unfolded, exactly=False),
-            float64=error,
-        )
-
-
-def _run_or_say(run: Callable[[], Any], what: str, how: str) -> Any:
-    try:
-        return run()
-    except ValueError as error:
-        raise ValueError(f"fold: {what} does not run {how}; it failed {error}") from error
-
-
-def _culprits(
-    model: nn.Module, copied: nn.Module, plan: Plan, arguments: check.Example, tolerance: float
-) -> str:
-    watched = plan.watched()
-    wanted, got = (
-        check.outputs_of(one, watched, partial(check.run_float64, one, arguments)) for one in (model, copied)
-    )
-    differing = [
-        quoted(model.get_submodule(name), name)
-        for name in _in_order(model, watched)
-        if not check.relative_error(wanted[name], got[name]) <= tolerance
-    ]
-    if not differing:
-        return (
-            "Every folded layer gives the same, so the forward uses their weights, or what is between them, "
-            "in a way that tracing did not see"
-        )
-    return f"The folded layers whose outputs differ: {', '.join(differing)}"
-
-
-def _in_order(model: nn.Module, names: Iterable[str]) -> list[str]:
-    order = [name for name, _ in model.named_modules()]
-    return sorted(names, key=order.index)
-
-
-def _report(
-    plan: Plan, graphs: Graphs, source: nn.Module, folded: nn.Module, errors: _Errors, tolerance: float
-) -> FoldReport:
-    functional = [
-        NotFolded(f"{graphs.describe(node)}", "a function, not a layer; make it one to fold it")
-        for node in graphs.functional
-    ]
+def _report(plan: Plan, look: _Look, source: nn.Module, folded: nn.Module, errors: Errors) -> FoldReport:
+    traced = look.traced
     return FoldReport(
         folded=tuple(plan.folded),
         multiply_adds=tuple(plan.multiply_adds),
-        left_alone=(*plan.left_alone, *functional),
+        left_alone=tuple(plan.left_alone),
         untraced=tuple(
-            NotFolded(quoted(module, graphs.names[module]), error)
-            for module, error in graphs.errors.items()
-            if any(isinstance(inner, _BatchNorm) for inner in module.modules())
-            and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+            NotFolded(look.name(module), error)
+            for module, error in traced.errors.items()
+            if look.has_norms(module) and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
         ),
         assumed=tuple(
-            f"{quoted(module, graphs.names[module])}: {_listed(constants)}"
-            for module, constants in graphs.assumed.items()
+            f"{look.name(module)}: {_listed(constants)}" for module, constants in traced.assumed.items()
         ),
+        by_example=tuple(plan.by_example),
         error=errors.copy,
         error_unfolded=errors.model,
         error_float64=errors.float64,
-        tolerance=tolerance,
+        tolerance=errors.allowed,
         parameters_before=_size(source),
         parameters_after=_size(folded),
         operations_saved=plan.operations_saved,

@@ -6,54 +6,44 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm import layers
-from batchnorm.model.folding.arithmetic import Affine, MultiplyAdd, ResidualActivation, shift_meets_zeros
-from batchnorm.model.folding.check import EvalSyncBatchNorm
-from batchnorm.model.folding.graph import Graphs, Path, inherits_forward, moved
+from batchnorm.model.folding.arithmetic import Affine
+from batchnorm.model.folding.calls import Calls
+from batchnorm.model.folding.functional import FunctionalNorm
+from batchnorm.model.folding.norms import Norm
+from batchnorm.model.folding.paths import Channel, Graph, Layer
 from batchnorm.model.folding.report import Folded, NotFolded
+from batchnorm.model.folding.traced import TracedGraph
+from batchnorm.model.folding.weights import inherits_forward, shift_meets_zeros
 from batchnorm.model.hooks import has_hooks
 from batchnorm.names import quoted
 
-_FORWARDS = (
-    _BatchNorm.forward,
-    nn.SyncBatchNorm.forward,
-    EvalSyncBatchNorm.forward,
-    layers._BatchNorm.forward,
-)
-_RANKS = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+# A call of a layer next to a batch norm, and the moves between them.
+_Way = tuple[Any, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
 class Step:
     """`affine` of a batch norm goes into another layer: `comes_after` it, or before."""
 
-    layer: str
+    norm: str
     into: str
     affine: Affine
     comes_after: bool
 
 
 @dataclass(frozen=True)
-class Replacement:
-    """What takes the place of a batch norm; with `affine` it does the arithmetic itself."""
+class Replaced:
+    """A batch norm whose place is taken by something else; with `affine` that does the arithmetic itself.
 
+    `index`: of one that is a call of a function in the forward of module `layer`; else None.
+    """
+
+    layer: str
+    index: int | None
     affine: Affine | None
-    activation: str | None
     channel_dim: int
     with_residual: bool
-
-    def of(self, layer: _BatchNorm) -> nn.Module:
-        """The module for `layer`, in its dtype and as trainable."""
-        if self.affine is not None:
-            like = layer.running_mean if layer.weight is None else layer.weight
-            assert like is not None
-            trains = any(parameter.requires_grad for parameter in layer.parameters())
-            return MultiplyAdd(self.affine, like.dtype, self.channel_dim, self.activation, trains).eval()
-        if self.activation is None and not self.with_residual:
-            return nn.Identity().eval()
-        return ResidualActivation(self.activation).eval()
 
 
 @dataclass
@@ -64,207 +54,228 @@ class Plan:
     folded: list[Folded] = field(default_factory=list)
     multiply_adds: list[NotFolded] = field(default_factory=list)
     left_alone: list[NotFolded] = field(default_factory=list)
-    replacements: dict[str, Replacement] = field(default_factory=dict)
+    replaced: list[Replaced] = field(default_factory=list)
+    by_example: list[str] = field(default_factory=list)
     operations_saved: int = 0
 
     def watched(self) -> list[str]:
         """Layers whose outputs are the same before and after."""
-        last = {step.into: step.layer for step in self.steps if step.comes_after}
+        last = {step.into: step.norm for step in self.steps if step.comes_after}
         behind = {step.into for step in self.steps if not step.comes_after} - set(last)
-        kept = {name for name, replacement in self.replacements.items() if replacement.affine is not None}
-        return sorted({*last.values()} | behind | kept)
+        modules = {replaced.layer for replaced in self.replaced if replaced.index is None}
+        kept = {r.layer for r in self.replaced if r.index is None and r.affine is not None}
+        return sorted({name for name in last.values() if name in modules} | behind | kept)
 
 
 class Planner:
-    """Decides where each batch norm goes, in the order of the graph."""
+    """Decides where each batch norm goes, in the order of the graph.
 
-    def __init__(self, graphs: Graphs) -> None:
-        self._graphs = graphs
-        self._affines: dict[nn.Module, Affine] = {}
-        self._done: set[nn.Module] = set()
+    Args:
+        names: of the modules.
+        calls: what the example did with them.
+        norms: what is known of the batch norms.
+        weighted: layers whose weights take in a scale and a shift after them.
+        traced: what holds for every input.
+        recorded: what holds for the example, asked where `traced` does not say.
+    """
+
+    def __init__(
+        self,
+        names: dict[nn.Module, str],
+        calls: dict[nn.Module, Calls],
+        norms: dict[Layer, Norm],
+        weighted: set[nn.Module],
+        traced: TracedGraph,
+        recorded: Graph[Any] | None,
+    ) -> None:
+        self._names, self._calls, self._norms, self._weighted = names, calls, norms, weighted
+        self._traced = traced
+        self._graphs: list[Graph[Any]] = [traced] if recorded is None else [traced, recorded]
+        for graph in self._graphs:
+            graph.pass_nothing_on()
+        self._done: set[Layer] = set()
         self._plan = Plan()
 
     def plan(self) -> Plan:
-        """Decide for each batch norm of the model, those without a place in the graph last.
-
-        Raises:
-            ValueError: one has running statistics and a scale or shift that is not finite.
-        """
-        names = self._graphs.names
-        norms = [module for module in names if isinstance(module, _BatchNorm)]
-        for norm in norms:
-            if _has_statistics(norm):
-                self._affines[norm] = self._finite_affine(norm)
-        for norm in sorted(norms, key=self._place):
-            self._decide(norm)
-            self._done.add(norm)
+        """Decide for each batch norm of the model, those without a place in a graph last."""
+        for layer in sorted(self._norms, key=self._place):
+            self._decide(layer, self._norms[layer])
+            self._done.add(layer)
         return self._plan
 
-    def _place(self, norm: nn.Module) -> tuple[bool, int]:
-        place = self._graphs.place(norm)
-        return place is None, place or 0
+    def _place(self, layer: Layer) -> tuple[bool, int]:
+        places = [graph.places[layer] for graph in reversed(self._graphs) if layer in graph.places]
+        return not places, places[0] if places else 0
 
-    def _finite_affine(self, norm: _BatchNorm) -> Affine:
-        affine = Affine.of(norm)
-        values = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        finite = [value is None or bool(value.isfinite().all()) for value in values]
-        if not (affine.is_finite() and all(finite)):
-            names = ("running_mean", "running_var", "weight", "bias")
-            wrong = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
-            raise ValueError(
-                f"fold: the scale or shift of {self._describe(norm)} is not finite: look at its "
-                f"{', '.join(wrong) or 'running_var'}. Batch norm needs finite values and a variance "
-                "of at least 0: recalibrate the model or load other weights"
-            )
-        return affine
-
-    def _decide(self, norm: _BatchNorm) -> None:
-        name = self._graphs.names[norm]
-        reason = self._why_fixed(norm)
-        if reason:
-            self._plan.left_alone.append(NotFolded(self._describe(norm), reason))
+    def _decide(self, layer: Layer, norm: Norm) -> None:
+        norm.reason = norm.reason or self._why_fixed(layer)
+        if norm.reason:
+            self._plan.left_alone.append(NotFolded(norm.name, norm.reason))
             return
-        targets, not_before = self._layers_before(norm)
-        comes_after, not_after = bool(targets), ""
+        targets, graph, comes_after = self._targets(layer, norm)
         if not targets:
-            targets, not_after = self._layers_after(norm)
-        if not targets:
-            self._plan.multiply_adds.append(NotFolded(self._describe(norm), f"{not_before}; {not_after}"))
-        self._plan.replacements[name] = Replacement(
-            affine=None if targets else self._affines[norm],
-            activation=getattr(norm, "activation", None),
-            channel_dim=_channels_from_the_end(norm),
-            with_residual=self._graphs.calls[norm].with_residual,
+            self._plan.multiply_adds.append(NotFolded(norm.name, self._why_not_folded(layer)))
+        residual = isinstance(layer, nn.Module) and self._calls[layer].with_residual
+        module, index = (layer.owner, layer.index) if isinstance(layer, FunctionalNorm) else (layer, None)
+        self._plan.replaced.append(
+            Replaced(self._names[module], index, None if targets else norm.affine, norm.channel_dim, residual)
         )
-        for target in targets:
-            self._fold(norm, target, comes_after)
+        for target, repeats in targets.items():
+            self._fold(layer, norm, target, repeats, comes_after)
         if targets:
-            self._note_folded(norm)
+            self._note_folded(layer, norm, residual)
+            if graph is not self._traced and self._stands_in_untraceable(layer):
+                self._plan.by_example.append(norm.name)
 
-    def _fold(self, norm: _BatchNorm, target: Any, comes_after: bool) -> None:
-        names, affine = self._graphs.names, self._affines[norm]
-        self._plan.folded.append(Folded(self._describe(norm), self._describe(target)))
-        if isinstance(target, _BatchNorm):
-            self._affines[target] = self._affines[target].after(affine)
+    def _targets(self, layer: Layer, norm: Norm) -> tuple[dict[Layer, int], Graph[Any] | None, bool]:
+        """The layers that take it in, and how many features each channel is there; before it or after."""
+        self._reasons: dict[Graph[Any], list[str]] = {graph: [] for graph in self._graphs}
+        for find, comes_after in ((self._layers_before, True), (self._layers_after, False)):
+            for graph in self._graphs:
+                if not comes_after and graph is not self._traced and self._stands_in_untraceable(layer):
+                    continue  # another path may give the layer after it something else
+                found, reason = find(graph, layer, norm)
+                if found:
+                    return found, graph, comes_after
+                self._reasons[graph].append(reason)
+        return {}, None, False
+
+    def _why_not_folded(self, layer: Layer) -> str:
+        """By the first graph that shows the layer."""
+        graphs = [graph for graph in self._graphs if graph.nodes.get(layer)]
+        return "; ".join(self._reasons[(graphs or self._graphs)[0]])
+
+    def _fold(self, layer: Layer, norm: Norm, target: Layer, repeats: int, comes_after: bool) -> None:
+        assert norm.affine is not None
+        other = self._norms.get(target)
+        if other is not None:
+            assert other.affine is not None
+            self._plan.folded.append(Folded(norm.name, other.name))
+            other.affine = other.affine.after(norm.affine)
             return
-        if not comes_after and isinstance(target, nn.Linear):
-            affine = affine.repeated(target.in_features // norm.num_features)  # more than 1 behind a flatten
-        self._plan.steps.append(Step(names[norm], names[target], affine, comes_after))
+        assert isinstance(target, nn.Module)
+        name = self._names[target]
+        self._plan.folded.append(Folded(norm.name, quoted(target, name)))
+        affine = norm.affine.repeated(repeats) if repeats > 1 else norm.affine
+        from_layer = self._names[layer] if isinstance(layer, nn.Module) else norm.name
+        self._plan.steps.append(Step(from_layer, name, affine, comes_after))
 
-    def _note_folded(self, norm: _BatchNorm) -> None:
-        calls = self._graphs.calls[norm]
-        self._plan.operations_saved += 2 * sum(shape.numel() for shape in calls.shapes)
-        if getattr(norm, "activation", None) is None and not calls.with_residual:
-            self._graphs.pass_on(norm)
+    def _note_folded(self, layer: Layer, norm: Norm, residual: bool) -> None:
+        if isinstance(layer, nn.Module):
+            self._plan.operations_saved += 2 * sum(shape.numel() for shape in self._calls[layer].shapes)
+        if not norm.applies and not residual:
+            for graph in self._graphs:
+                graph.pass_on(layer)
 
-    def _why_fixed(self, norm: _BatchNorm) -> str:
-        if type(norm).forward not in _FORWARDS or "forward" in vars(norm):
-            return f"{type(norm).__name__} has a forward of its own"
-        if norm.training:
-            return "it stays in training mode after model.eval()"
-        if not _has_statistics(norm):
-            return "without running statistics it normalises by the batch in eval mode too"
-        if has_hooks(norm):
-            return "it has hooks"
-        if self._graphs.reads_tensors_of(norm):
+    def _stands_in_untraceable(self, layer: Layer) -> bool:
+        owners = self._graphs[-1].owners(layer)
+        return any(owner in self._traced.errors for owner in owners)
+
+    def _why_fixed(self, layer: Layer) -> str:
+        if isinstance(layer, FunctionalNorm):
+            return ""
+        if any(graph.reads_tensors_of(layer) for graph in self._graphs):
             return "its parameters or statistics are used elsewhere in the forward too"
-        if self._graphs.calls[norm].count == 0:
-            return "the example does not run it"
+        return "the example does not run it" if self._calls[layer].count == 0 else ""
+
+    def _layers_before(self, graph: Graph[Any], layer: Layer, norm: Norm) -> tuple[dict[Layer, int], str]:
+        """The layers that are all that the batch norm reads, and that nothing else does, or the reason."""
+        if reason := graph.why_incomplete(layer):
+            return {}, reason
+        found: dict[Layer, list[_Way]] = {}
+        for node in graph.nodes[layer]:
+            source, moves, reason = graph.source(node)
+            if source is None:
+                return {}, reason
+            target = graph.layer(source)
+            if target not in self._weighted:
+                return {}, f"it follows {graph.describe(source)}"
+            found.setdefault(target, []).append((source, moves))
+        return self._all_fit(graph, norm, found, backwards=True)
+
+    def _layers_after(self, graph: Graph[Any], layer: Layer, norm: Norm) -> tuple[dict[Layer, int], str]:
+        """The layers that are all that reads the batch norm, and read nothing else, or the reason."""
+        if norm.applies or (isinstance(layer, nn.Module) and self._calls[layer].with_residual):
+            return {}, "an activation or a residual follows"
+        if graph.why_incomplete(layer):
+            return {}, "what follows is not in a traced graph"
+        found: dict[Layer, list[_Way]] = {}
+        for node in graph.nodes[layer]:
+            readers, reason = graph.readers(node)
+            if reason:
+                return {}, reason
+            for reader, moves in readers:
+                target = graph.layer(reader)
+                if target is None or not (self._takes_scale_before(target) or target in self._norms):
+                    return {}, f"{graph.describe(reader)} follows"
+                found.setdefault(target, []).append((reader, moves))
+        targets, reason = self._all_fit(graph, norm, found, backwards=False)
+        for target in targets:
+            assert norm.affine is not None
+            if target not in self._norms and shift_meets_zeros(target) and norm.affine.shift.any():
+                return {}, f"its shift does not go through the zero padding of {self._describe(target)}"
+        return targets, reason
+
+    def _takes_scale_before(self, target: Layer) -> bool:
+        return isinstance(target, nn.Module) and inherits_forward(target)
+
+    def _all_fit(
+        self, graph: Graph[Any], norm: Norm, found: dict[Layer, list[_Way]], *, backwards: bool
+    ) -> tuple[dict[Layer, int], str]:
+        """Each layer with how many of its features a channel is there, or the reason why one does not fit."""
+        targets: dict[Layer, int] = {}
+        for target, ways in found.items():
+            reason = self._why_not(graph, target, ways)
+            repeats = None if reason else self._repeats(graph, norm, target, ways, backwards)
+            if repeats is None:
+                what = f"{self._describe(target)} has its channels in another dimension"
+                return {}, reason or what
+            targets[target] = repeats
+        return targets, ""
+
+    def _why_not(self, graph: Graph[Any], target: Layer, ways: list[_Way]) -> str:
+        """Why a batch norm cannot go into `target`, or nothing; `ways` lead to the calls next to it."""
+        what = self._describe(target)
+        other = self._norms.get(target)
+        if other is not None and (target in self._done or other.reason or self._why_fixed(target)):
+            return f"{what} is left alone"
+        if {node for node, _ in ways} != set(graph.nodes[target]):
+            return f"{what} is used elsewhere too"
+        if graph.why_incomplete(target):
+            return f"{what} is called outside of the traced graph too"
+        if isinstance(target, nn.Module):
+            if has_hooks(target):
+                return f"{what} has hooks"
+            if graph.reads_tensors_of(target):
+                return f"the weights of {what} are used elsewhere in the forward too"
         return ""
 
-    def _layers_before(self, norm: _BatchNorm) -> tuple[list[nn.Module], str]:
-        """The layers that are all that `norm` reads, and that nothing else does, or none and the reason."""
-        graphs = self._graphs
-        if not graphs.nodes[norm] or graphs.called_elsewhere(norm):
-            return [], "its calls are not all in a traced graph"
-        found: dict[nn.Module, list[Path]] = {}
-        for node in graphs.nodes[norm]:
-            path, reason = graphs.source(node)
-            if path is None:
-                return [], reason
-            target = graphs.module(path[0])
-            if target is None or not inherits_forward(target):
-                return [], f"it follows {graphs.describe(path[0])}"
-            found.setdefault(target, []).append(path)
-        for target, paths in found.items():
-            reason = self._why_not(norm, target, paths, backwards=True)
-            if reason:
-                return [], reason
-        return list(found), ""
+    def _repeats(
+        self, graph: Graph[Any], norm: Norm, target: Layer, ways: list[_Way], backwards: bool
+    ) -> int | None:
+        """How many features of `target` in a row each channel is; None where they are other ones."""
+        found = set()
+        for rank in norm.ranks:
+            for _, moves in ways:
+                channel = graph.follow(moves, Channel(norm.dim(rank), rank), backwards=backwards)
+                if channel is None or channel.dim != self._channel_dim(target, channel.rank):
+                    return None
+                found.add(channel.repeats or self._features(target, backwards) // norm.channels)
+        repeats = found.pop() if len(found) == 1 else None
+        return repeats if repeats == 1 or isinstance(target, nn.Linear) else None
 
-    def _layers_after(self, norm: _BatchNorm) -> tuple[list[nn.Module], str]:
-        """The layers that are all that reads `norm`, and read nothing else, or none and the reason."""
-        graphs = self._graphs
-        if getattr(norm, "activation", None) is not None or graphs.calls[norm].with_residual:
-            return [], "an activation or a residual follows"
-        if not graphs.nodes[norm] or graphs.called_elsewhere(norm):
-            return [], "what follows is not in a traced graph"
-        found: dict[nn.Module, list[Path]] = {}
-        for node in graphs.nodes[norm]:
-            readers, reason = graphs.readers(node)
-            if reason:
-                return [], reason
-            for path in readers:
-                target = graphs.module(path[0])
-                if target is None or not (inherits_forward(target) or isinstance(target, _BatchNorm)):
-                    return [], f"{graphs.describe(path[0])} follows"
-                found.setdefault(target, []).append(path)
-        for target, paths in found.items():
-            reason = self._why_not(norm, target, paths, backwards=False)
-            if not reason and shift_meets_zeros(target) and self._affines[norm].shift.any():
-                reason = f"its shift does not go through the zero padding of {self._describe(target)}"
-            if reason:
-                return [], reason
-        return list(found), ""
+    def _channel_dim(self, target: Layer, rank: int) -> int:
+        """Where `target` has its channels in an input or output of so many dimensions."""
+        if target in self._norms:
+            return self._norms[target].dim(rank)
+        if isinstance(target, nn.Linear):
+            return rank - 1
+        return rank - 1 - len(target.kernel_size)  # type: ignore[union-attr,arg-type]
 
-    def _why_not(self, norm: _BatchNorm, target: nn.Module, paths: list[Path], *, backwards: bool) -> str:
-        """Why `norm` cannot go into `target`, or nothing; `paths` lead to the calls that it is next to."""
-        graphs, what = self._graphs, self._describe(target)
-        if isinstance(target, _BatchNorm) and (target in self._done or self._why_fixed(target)):
-            return f"{what} is left alone"
-        if {node for node, _ in paths} != set(graphs.nodes[target]):
-            return f"{what} is used elsewhere too"
-        if graphs.called_elsewhere(target):
-            return f"{what} is called outside of the traced graph too"
-        if has_hooks(target):
-            return f"{what} has hooks"
-        if graphs.reads_tensors_of(target):
-            return f"the weights of {what} are used elsewhere in the forward too"
-        ranks = {len(shape) for shape in graphs.calls[norm].shapes}
-        fits = all(self._fits(norm, target, moves, rank, backwards) for rank in ranks for _, moves in paths)
-        return "" if fits else f"{what} has its channels in another dimension"
+    def _features(self, target: Layer, backwards: bool) -> int:
+        if isinstance(target, nn.Linear):
+            return target.out_features if backwards else target.in_features
+        return 0
 
-    def _fits(
-        self, norm: _BatchNorm, target: nn.Module, moves: tuple[Any, ...], rank: int, backwards: bool
-    ) -> bool:
-        """Whether the channels of `norm` are those of `target` once `moves` are followed."""
-        dim = _channels(norm, rank)
-        for node in moves:
-            if self._graphs.flattens(node):
-                # Then a channel is so many features in a row; behind that, nothing else may move.
-                return dim == 1 and node is moves[-1] and isinstance(target, nn.Linear)
-            dim = moved(dim, rank, node, backwards=backwards)
-        return dim == _channels(target, rank)
-
-    def _describe(self, module: nn.Module) -> str:
-        return quoted(module, self._graphs.names[module])
-
-
-def _channels_from_the_end(norm: _BatchNorm) -> int:
-    """`channel_dim`, counted from the end where the rank is known: then no forward has to look at it."""
-    channel_dim = getattr(norm, "channel_dim", 1)
-    rank = next((rank for kind, rank in _RANKS.items() if isinstance(norm, kind)), None)
-    return channel_dim if rank is None else channel_dim % rank - rank
-
-
-def _has_statistics(norm: _BatchNorm) -> bool:
-    return norm.running_mean is not None and norm.running_var is not None
-
-
-def _channels(layer: Any, rank: int) -> int:
-    """Where `layer` has its channels in an input or output of so many dimensions."""
-    if isinstance(layer, _BatchNorm):
-        return getattr(layer, "channel_dim", 1) % rank
-    if isinstance(layer, nn.Linear):
-        return rank - 1
-    return rank - 1 - len(layer.kernel_size)
+    def _describe(self, target: Layer) -> str:
+        return self._norms[target].name if target in self._norms else quoted(target, self._names[target])  # type: ignore[index,arg-type]

@@ -38,6 +38,8 @@ class FoldReport:
         untraced: modules whose graph torch.fx could not trace, and its error; only their parts are folded.
         assumed: arguments whose values decide the path through a module ("decoder: upsample=True"): the copy
             is that of the example's values.
+        by_example: batch norms that are folded as the example shows, in forwards that torch.fx cannot trace:
+            it holds for other inputs that were tried, but not all paths through such a forward are known.
         error: largest difference of the copy's output from that of the model in float64, relative to the
             latter's largest value, each run in its own dtype.
         error_unfolded: the same of the model itself: the rounding that was there before.
@@ -53,6 +55,7 @@ class FoldReport:
     left_alone: tuple[NotFolded, ...]
     untraced: tuple[NotFolded, ...]
     assumed: tuple[str, ...]
+    by_example: tuple[str, ...]
     error: float
     error_unfolded: float
     error_float64: float
@@ -73,6 +76,7 @@ class FoldReport:
             "left alone": self.left_alone,
             "not traced as a whole": self.untraced,
             "for these arguments only": self.assumed,
+            "as the example shows": self.by_example,
         }
         lines = []
         for title, entries in parts.items():
