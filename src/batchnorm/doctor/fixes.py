@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from batchnorm.doctor.static.precision import HALF
 from batchnorm.doctor.subject import Subject
 from batchnorm.model.absorb import absorb_bias
 from batchnorm.model.convert import convert
-from batchnorm.model.freeze import freeze, is_frozen, unfreeze
+from batchnorm.model.freeze import freeze
 from batchnorm.model.ranks import said
 from batchnorm.model.recalibrate import recalibrate
 
@@ -207,8 +206,13 @@ def from_the_data(subject: Subject, layers: Sequence[str]) -> None:
         raise ValueError(_NO_DATA)
     for name in layers:
         _torch_layer(subject, name)
-    with _others_frozen(subject, layers):
-        recalibrate(subject.model, subject.batches, forward=subject.forward, group=subject.ranks.group)
+    recalibrate(
+        subject.model,
+        subject.batches,
+        filter=lambda name, layer: name in layers,
+        forward=subject.forward,
+        group=subject.ranks.group,
+    )
 
 
 @fixes("BN111")
@@ -270,20 +274,3 @@ def _torch_layer(subject: Subject, name: str) -> nn.modules.batchnorm._BatchNorm
     if name not in subject.batch_norms:
         raise ValueError(f"{name} is hand-written: replace it by bn.BatchNorm2d")
     return subject.batch_norms[name]
-
-
-@contextmanager
-def _others_frozen(subject: Subject, layers: Sequence[str]) -> Iterator[None]:
-    """Inside, the batch norms that are not named stay as they are."""
-    others = [
-        layer
-        for name, layer in subject.batch_norms.items()
-        if name not in layers and layer.running_mean is not None and not is_frozen(layer)
-    ]
-    try:
-        for layer in others:
-            freeze(layer)
-        yield
-    finally:
-        for layer in others:
-            unfreeze(layer)

@@ -13,6 +13,7 @@ from batchnorm.model.memory_efficient import memory_efficient
 from batchnorm.model.merge_running_statistics import merge_running_statistics
 from batchnorm.model.parameter_groups import parameter_groups
 from batchnorm.model.recalibrate import recalibrate
+from batchnorm.model.recalibration_report import RecalibrationReport, recalibration_report
 from batchnorm.model.registry import register
 from batchnorm.model.reset import reset
 
@@ -20,6 +21,7 @@ __all__ = [
     "ConversionReport",
     "FoldReport",
     "Joinable",
+    "RecalibrationReport",
     "absorb_bias",
     "adapt",
     "conversion_report",
@@ -32,6 +34,7 @@ __all__ = [
     "merge_running_statistics",
     "parameter_groups",
     "recalibrate",
+    "recalibration_report",
     "register",
     "reset",
     "revert",

@@ -9,28 +9,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.model.batch_norms import check_model
+from batchnorm.model.batch_norms import Filter, Model, check_model
 from batchnorm.model.batches import Batches
 from batchnorm.model.calling import call, evaluating, unwrapped
 from batchnorm.model.gather import Seen
 from batchnorm.model.hold import hold
 from batchnorm.model.ranks import Ranks
-from batchnorm.model.recalibrate import estimate, layers_to_estimate
+from batchnorm.model.recalibrate import Blend, Statistics, estimate, layers_to_estimate
 
 
 def adapt(
-    model: nn.Module,
+    model: Model,
     loader: Iterable[Any],
     *,
+    filter: Filter | None = None,
     prior: float = 0.0,
     entropy_epochs: int = 0,
     lr: float = 1e-3,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     max_batches: int | None = None,
     progress: bool = False,
-) -> nn.Module:
+) -> Model:
     """Fit the batch norms of a trained model to the data that it is used on, without labels.
 
     For data that look unlike those of training (another camera, noise, contrast): with the n samples of
@@ -60,6 +60,7 @@ def adapt(
             gradient. Frozen layers (`bn.freeze`) are left alone. DistributedDataParallel and DataParallel are
             called without their wrapper, compiled models uncompiled.
         loader: as for `bn.recalibrate`; it must give the same data each time it is iterated.
+        filter: called as `filter(name, layer)` with each batch norm and its qualified name: which are meant.
         prior: how many samples the present statistics count for. 0 forgets them.
         entropy_epochs: passes over the loader, in batches of some hundred samples in random order.
         lr: Adam's learning rate.
@@ -74,8 +75,8 @@ def adapt(
     Raises:
         TypeError: `model` is no nn.Module, `loader` can be iterated only once or does not yield batches or
             what the model takes, or the output is no tensor of logits.
-        ValueError: an option out of its range, no batch norm to adapt, nothing to train, an empty loader, or
-            statistics or an entropy that are not finite.
+        ValueError: an option out of its range, no batch norm to adapt or none that `filter` names, nothing to
+            train, an empty loader, or statistics or an entropy that are not finite.
         ModuleNotFoundError: `progress=True` without tqdm.
 
     Whatever is raised, here or by the loader, the model is as it was.
@@ -83,14 +84,15 @@ def adapt(
     check_model(model, "adapt")
     _check_options(prior, entropy_epochs, lr)
     network = unwrapped(model)
-    names = layers_to_estimate(network, "adapt")
+    names = layers_to_estimate(network, "adapt", filter)
     if hasattr(loader, "__next__"):
         raise TypeError(
             f"adapt: goes over the loader more than once, but {type(loader).__name__} can be iterated only "
             "once: give a DataLoader or a list"
         )
     batches = Batches(loader, max_batches, progress, again=True, verb="adapt")
-    trained = [p for layer in names for p in layer.parameters() if p.requires_grad] if entropy_epochs else []
+    layers = [layer for layer in names if isinstance(layer, nn.Module)]
+    trained = [p for layer in layers for p in layer.parameters() if p.requires_grad] if entropy_epochs else []
     if entropy_epochs and not trained:
         raise ValueError(
             "adapt: entropy_epochs trains weights and biases of batch norms, but none requires a gradient: "
@@ -98,9 +100,11 @@ def adapt(
         )
     with _restored_on_failure(trained):
         if entropy_epochs:
-            _lower_entropy(network, names, trained, batches, forward, entropy_epochs, lr)
-        mix = _mixed_with(names, prior)
-        estimate(network, names, batches, forward, ranks=Ranks(None, "adapt"), sequential=True, blend=mix)
+            _lower_entropy(network, layers, trained, batches, forward, entropy_epochs, lr)
+        mix = _mixed_with(prior)
+        estimate(
+            network, names, batches, forward, filter, ranks=Ranks(None, "adapt"), sequential=True, blend=mix
+        )
     return model
 
 
@@ -112,22 +116,15 @@ def _check_options(prior: float, entropy_epochs: int, lr: float) -> None:
         raise ValueError(f"adapt: entropy_epochs={entropy_epochs!r} must be a whole number, 0 or more")
 
 
-def _mixed_with(
-    layers: Iterable[_BatchNorm], prior: float
-) -> Callable[[_BatchNorm, Seen, Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _mixed_with(prior: float) -> Blend:
     """Mixes new statistics of a layer with its present ones, which count for `prior` samples."""
-    present = {
-        layer: (layer.running_mean.double(), layer.running_var.double())
-        for layer in layers
-        if layer.running_mean is not None and layer.running_var is not None
-    }
 
-    def mixed(layer: _BatchNorm, seen: Seen, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def mixed(seen: Seen, before: Statistics, data: Statistics) -> Statistics:
         if prior == 0:
-            return mean, var  # whatever the present ones are: they may not be finite
+            return data  # whatever the present ones are: they may not be finite
         share = prior / (prior + seen.samples)
-        old_mean, old_var = present[layer]
-        return share * old_mean + (1 - share) * mean, share * old_var + (1 - share) * var
+        mean, var = (share * old.double() + (1 - share) * new for old, new in zip(before, data, strict=True))
+        return mean, var
 
     return mixed
 
@@ -150,7 +147,7 @@ def _restored_on_failure(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 def _lower_entropy(
     network: nn.Module,
-    layers: Iterable[_BatchNorm],
+    layers: Iterable[nn.Module],
     trained: list[nn.Parameter],
     batches: Batches,
     forward: Callable[[nn.Module, Any], Any] | None,

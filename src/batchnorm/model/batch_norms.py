@@ -48,14 +48,19 @@ def batch_norms(model: nn.Module, verb: str, filter: Filter | None = None) -> di
 
 
 def _meant(layers: dict[str, _BatchNorm], filter: Filter, verb: str) -> dict[str, _BatchNorm]:
-    if not callable(filter):
-        raise TypeError(f"{verb}: expected filter to be a function of a name and a layer, got {filter!r}")
+    check_filter(filter, verb)
     meant = {name: layer for name, layer in layers.items() if filter(name, layer)}
     if not meant:
         names = ", ".join(quoted(layer, name) for name, layer in itertools.islice(layers.items(), _SHOWN))
         more = f" and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else ""
         raise ValueError(f"{verb}: filter is true for none of the {len(layers)} batch norms: {names}{more}")
     return meant
+
+
+def check_filter(filter: Any, verb: str) -> None:
+    """Raise TypeError unless `filter` is None or a function."""
+    if not (filter is None or callable(filter)):
+        raise TypeError(f"{verb}: expected filter to be a function of a name and a layer, got {filter!r}")
 
 
 def check_model(model: Any, verb: str) -> None:

@@ -24,7 +24,7 @@ def frozen_batch_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_frozen_batch_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm that is constant for good."""
-    channels = _channels(module)
+    channels = None if isinstance(module, _BatchNorm) else _channels(module)
     return channels is not None and is_constant(without_steps(module), channels)
 
 
@@ -54,7 +54,6 @@ def _channels(module: nn.Module) -> int | None:
     mean, var = module._buffers.get("running_mean"), module._buffers.get("running_var")
     if mean is None or var is None or mean.ndim != 1 or mean.is_meta:
         return None
-    alike = [getattr(module, name, None) for name in ("weight", "bias")]
-    fits = all(isinstance(tensor, Tensor) and tensor.shape == mean.shape for tensor in (var, *alike))
-    optional = isinstance(module, _BatchNorm) and var.shape == mean.shape
-    return len(mean) if fits or optional else None
+    alike = (var, getattr(module, "weight", None), getattr(module, "bias", None))
+    fits = all(isinstance(tensor, Tensor) and tensor.shape == mean.shape for tensor in alike)
+    return len(mean) if fits else None

@@ -6,13 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.model.function_calls import FunctionNorm
 from batchnorm.model.packing import sent
 from batchnorm.model.ranks import Ranks, first_difference
 from batchnorm.moments import Moments
+from batchnorm.names import quoted
 
 sent(Moments)
+
+# A batch norm, as a layer or as a function.
+Normalises = _BatchNorm | FunctionNorm
 
 
 class Seen(NamedTuple):
@@ -48,9 +54,16 @@ def check_alike(ranks: Ranks, shapes: Sequence[Mapping[str, tuple[int, ...]]]) -
 
 
 def gathered(
-    layers: Mapping[_BatchNorm, str], seen: Mapping[_BatchNorm, Seen], run: Callable[[], int], ranks: Ranks
-) -> tuple[int, dict[_BatchNorm, Seen]]:
+    names: Mapping[Normalises, str],
+    seen: Mapping[Normalises, Seen],
+    run: Callable[[], int],
+    ranks: Ranks,
+    model: nn.Module,
+) -> tuple[int, dict[Normalises, Seen]]:
     """Call `run`, which fills `seen` and returns its batches; give back those of all processes.
+
+    Args:
+        names: of layers; those that are called as functions have theirs.
 
     Raises:
         RuntimeError: `run` failed in another process; where it failed its own error is raised.
@@ -60,15 +73,29 @@ def gathered(
 
     def work() -> tuple[int, dict[str, Any]]:
         batches = run()
-        return batches, {layers[layer]: tuple(of_layer) for layer, of_layer in seen.items()}
+        return batches, {name_of(layer, names): tuple(of_layer) for layer, of_layer in seen.items()}
 
     parts = ranks.together(work)
+    layers = {name_of(layer, names): layer for layer in (*names, *seen)}
     merged = {}
-    for layer, name in layers.items():
+    for name in dict.fromkeys([*layers, *(name for _, own in parts for name in own)]):
         of_layer = [Seen(*own[name]) for _, own in parts if name in own]
         if of_layer:
+            # A process that has no data has not seen what the others call as functions.
+            layer = layers[name] if name in layers else FunctionNorm.named(model, name)
             merged[layer] = _merged(of_layer)
     return sum(batches for batches, _ in parts), merged
+
+
+def name_of(layer: Normalises, names: Mapping[Normalises, str]) -> str:
+    """The qualified name of a layer, or those of the buffers of one that is called as a function."""
+    return layer.name if isinstance(layer, FunctionNorm) else names[layer]
+
+
+def described(layer: Normalises, names: Mapping[Normalises, str]) -> str:
+    """The same with its class, for messages."""
+    name = name_of(layer, names)
+    return f"batch_norm() with {name}" if isinstance(layer, FunctionNorm) else quoted(layer, name)
 
 
 def _merged(parts: list[Seen]) -> Seen:

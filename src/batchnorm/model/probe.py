@@ -28,12 +28,22 @@ def twin_of(module: nn.Module) -> Any:
         for name, value in part.__dict__.items():
             if "hooks" in name and isinstance(value, dict):
                 memo[id(value)] = type(value)()
-            elif not isinstance(value, (dict, list, tuple, set, Tensor, nn.Module, type(None))):
-                memo.setdefault(id(value), value)  # a process group, a lock
+            elif not _can_be_copied(value):
+                memo[id(value)] = value  # a process group, a lock
     twin = copy.deepcopy(module, memo).double()
     for part in twin.modules():
         without_processes(part)
     return twin
+
+
+def _can_be_copied(value: Any) -> bool:
+    if isinstance(value, (dict, nn.Module, Tensor)):
+        return True  # the tensors and modules of the module itself, for which the copy has its own rules
+    try:
+        copy.deepcopy(value)
+    except Exception:  # whatever a __deepcopy__ raises
+        return False
+    return True
 
 
 def random_input(layer: nn.Module, channels: int, rank: int | None = None) -> Tensor:

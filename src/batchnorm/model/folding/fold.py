@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from batchnorm.model.batch_norms import Filter, Model, batch_norms, check_initialized, check_model
+from batchnorm.model.batch_norms import (
+    Filter,
+    Model,
+    batch_norms,
+    check_filter,
+    check_initialized,
+    check_model,
+)
 from batchnorm.model.convert import revert
 from batchnorm.model.folding import check
 from batchnorm.model.folding.apply import carry_out
@@ -74,6 +81,7 @@ def fold(model: Model, example: Any, *, filter: Filter | None = None, tolerance:
     model = getattr(model, "_orig_mod", model)
     check_model(model, "fold")
     check_initialized(model, "fold")
+    check_filter(filter, "fold")
     if not tolerance > 0:
         raise ValueError(f"fold: tolerance must be above 0, got {tolerance}")
     arguments = check.as_arguments(example)

@@ -11,17 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from batchnorm.checks import first_line
-
-# The functions, and their parameters in order.
-_NAMES: dict[Any, tuple[str, ...]] = {
-    nn.functional.batch_norm: (
-        "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"
-    ),
-    torch.batch_norm: (
-        "input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"
-    ),
-}  # fmt: skip
-_DEFAULTS = {"training": False, "eps": 1e-5}
+from batchnorm.model.function_calls import PARAMETERS, argument
 
 
 @dataclass(frozen=True)
@@ -74,7 +64,7 @@ def rewrite(owner: nn.Module, arguments: dict[str, Any], new: dict[int, nn.Modul
     read = _names_read(graph)
     replaced = {index: node for index, node in enumerate(functional_nodes(graph)) if index in new}
     for index, node in replaced.items():
-        instead = argument(node, "input")
+        instead = _argument(node, "input")
         if (module := new[index]) is not None:
             owner.add_module(f"batch_norm_{index}", module)
             with graph.inserting_after(node):
@@ -113,31 +103,27 @@ class _OneLevel(fx.Tracer):
 def functional_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
     """The calls of batch norm as a function."""
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in _NAMES:
+        if node.op == "call_function" and node.target in PARAMETERS:
             yield node
 
 
-def argument(node: fx.Node, name: str) -> Any:
-    """What a call of batch norm as a function is given as `name`."""
-    names = _NAMES[node.target]
-    if name in names and names.index(name) < len(node.args):
-        return node.args[names.index(name)]
-    return node.kwargs.get(name, _DEFAULTS.get(name))
+def _argument(node: fx.Node, name: str) -> Any:
+    return argument(node.target, node.args, dict(node.kwargs), name)
 
 
 def _constants(owner: nn.Module, node: fx.Node) -> Constants | str:
     found: dict[str, Any] = {}
     for name in ("running_mean", "running_var", "weight", "bias"):
-        given = argument(node, name)
+        given = _argument(node, name)
         try:
             found[name] = _value(owner, given)
         except ValueError:
             return f"its {name} is no constant"
-    if argument(node, "training") is not False:
+    if _argument(node, "training") is not False:
         return "it normalises by the batch in eval mode too"
     if found["running_mean"] is None or found["running_var"] is None:
         return "it has no running statistics"
-    eps = argument(node, "eps")
+    eps = _argument(node, "eps")
     return Constants(**found, eps=float(eps)) if isinstance(eps, (int, float)) else "its eps is no constant"
 
 
