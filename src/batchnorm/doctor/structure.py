@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.model.fusion.find import quietly, twins_of
+from batchnorm.model.fusion.find import default_arguments, quietly, twins_of
 
 
 @dataclass(eq=False)
@@ -87,12 +86,7 @@ class _Tracer(fx.Tracer):
 def _trace(twin: nn.Module, safe: set[nn.Module]) -> fx.Graph | None:
     try:
         twin.train()
-        defaults = {
-            name: parameter.default
-            for name, parameter in inspect.signature(twin.forward).parameters.items()
-            if parameter.default is not inspect.Parameter.empty
-        }
-        return quietly(_Tracer(safe), twin, defaults)
+        return quietly(_Tracer(safe), twin, default_arguments(twin))
     except Exception:  # whatever a model does that a trace cannot follow
         return None
 

@@ -19,8 +19,10 @@ from batchnorm.layers import (
     LazyBatchNorm3d,
     _BatchNorm,
 )
-from batchnorm.model.fusion.waiting import FUSING
+from batchnorm.model.fusion.waiting import FUSING, LAYER_FILES
 from batchnorm.model.registry import Following, following, is_registered, is_torchs
+
+LAYER_FILES.add(__file__)
 
 
 class _AnyRank(_BatchNorm):
@@ -85,6 +87,8 @@ class _Following(_Converted):
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """What its class computes; a residual is added, and a mask counts, as in this package's layers."""
         activation, steps = self._what_follows()
+        if activation is None and not steps:
+            return super().forward(x, residual, mask)  # type: ignore[misc]
         y: Tensor = self._run(x, residual, mask, activation)  # type: ignore[attr-defined]
         for step in steps:
             y = step(y)
@@ -131,8 +135,7 @@ def fusing_class(cls: type[nn.Module]) -> type[nn.Module] | None:
         return FUSING.get(cls)
     ours = cls._class_of_ours
     fusing = ours if ours in FUSING.values() else FUSING.get(ours)
-    can_wait = not issubclass(cls, (_Following, _ChecksItself))
-    return _converted(fusing, cls.class_before_convert) if can_wait and fusing is not None else None
+    return None if fusing is None else _converted(fusing, cls.class_before_convert)
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:

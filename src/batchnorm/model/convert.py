@@ -33,7 +33,7 @@ from batchnorm.model.classes import (
 from batchnorm.model.frozen import frozen_batch_norms
 from batchnorm.model.fusion.find import Place, find
 from batchnorm.model.memory_efficient import memory_efficient as build_outputs_again
-from batchnorm.model.registry import check_mapping, is_registered, is_torchs
+from batchnorm.model.registry import NOTHING, check_mapping, following, is_registered, is_torchs
 from batchnorm.names import quoted
 
 # Attributes in `__dict__`: they are copied and pickled with their module.
@@ -41,7 +41,7 @@ _CLASS = "_class_before_convert"
 _SYNC = "_sync_before_convert"
 _MEMORY_EFFICIENT = "_memory_efficient_by_convert"
 _FUSED_WITH = "_fused_with"
-_FUSION = {"_callers", "_followers", "_wait_choice", _FUSED_WITH}
+_FUSION = {"_callers", "_followers", "_through", "_wait_choice", _FUSED_WITH}
 
 
 def convert(
@@ -99,7 +99,11 @@ def convert(
         raise ValueError(f"convert: no batch norm can be taken: {_said(layers, left)}")
     _check_mappings(taken)
     # Those that are fused already too: which of two batch norms waits for their add depends on both.
-    fusing: list[Any] = [m for m in taken.values() if fusing_class(_ours(m, subclasses)) is not None]
+    fusing: list[Any] = [
+        m
+        for m in taken.values()
+        if fusing_class(_ours(m, subclasses)) is not None and following(m) == NOTHING
+    ]
     fusing += [m for m in layers.values() if fusing_class(class_of(m)) is not None and m.activation is None]
     places = find(model, fusing) if fuse else {}
     if left:
@@ -281,7 +285,8 @@ def _fuse(layer: Any, places: list[Place]) -> None:
     set_class(layer, waiting)
     layer.__dict__["_wait_choice"] = Choice()
     layer.__dict__["_callers"] = tuple({place.caller: None for place in places})
-    layer.__dict__["_followers"] = tuple({p.follower: None for p in places if p.follower is not None})
+    layer.__dict__["_through"] = tuple({module: None for place in places for module in place.through})
+    layer.__dict__["_followers"] = tuple({module: None for place in places for module in place.followers})
     layer.__dict__[_FUSED_WITH] = tuple({place.what: None for place in places})
 
 

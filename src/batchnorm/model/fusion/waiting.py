@@ -172,6 +172,7 @@ class _Fusing(_BatchNorm):
     """A layer that waits for what follows it when it is called by one of `_callers`."""
 
     _callers: tuple[tuple[str, str], ...]
+    _through: tuple[nn.Module, ...] = ()
     _followers: tuple[nn.Module, ...]
     _wait_choice: Choice
 
@@ -204,23 +205,42 @@ class _Fusing(_BatchNorm):
             or under_transform()
         ):
             return False
-        caller = _caller(self, frame)
-        return caller is not None and caller_of(caller) in self._callers
+        caller = _caller(self, frame, self._through)
+        if caller is None:
+            return False
+        return caller_of(caller) in self._callers or qualified_caller_of(caller) in self._callers
 
 
-def _caller(module: nn.Module, frame: FrameType | None) -> FrameType | None:
-    """The function that gets the output of `module`, past the `Sequential`s that it is the last of."""
+# Where the frames between a layer and its caller stand.
+LAYER_FILES = {nn.modules.module.__file__}
+
+
+def _caller(module: nn.Module, frame: FrameType | None, through: tuple[nn.Module, ...]) -> FrameType | None:
+    """The function that gets the output of `module`, past `Sequential`s that it is the last of.
+
+    And past the forwards of the modules that return it.
+    """
     while True:
-        while frame is not None and frame.f_code.co_filename == nn.modules.module.__file__:
+        while frame is not None and frame.f_code.co_filename in LAYER_FILES:
             frame = frame.f_back
-        if frame is None or frame.f_code is not nn.Sequential.forward.__code__:
-            return frame
-        sequential = frame.f_locals["self"]
-        if _last(sequential) is not module:
-            return frame
-        if has_hooks_after(sequential):
+        if frame is None:
             return None
-        module, frame = sequential, frame.f_back
+        if frame.f_code is nn.Sequential.forward.__code__:
+            owner = frame.f_locals["self"]
+            if _last(owner) is not module:
+                return frame
+        else:
+            owner = frame.f_locals.get("self") if through else None
+            if owner is None or not any(owner is one for one in through) or not _runs(owner, frame):
+                return frame
+        if has_hooks_after(owner):
+            return None
+        module, frame = owner, frame.f_back
+
+
+def _runs(module: nn.Module, frame: FrameType) -> bool:
+    """Whether a frame is that of the forward of a module."""
+    return frame.f_code is getattr(type(module).forward, "__code__", None)
 
 
 def is_sequential(module: nn.Module) -> bool:
@@ -242,6 +262,12 @@ def _last(sequential: nn.Module) -> nn.Module | None:
 def caller_of(frame: FrameType) -> tuple[str, str]:
     """Where the code of a frame stands: the name of its module, and of the function in it."""
     return frame.f_globals.get("__name__", ""), frame.f_code.co_name
+
+
+def qualified_caller_of(frame: FrameType) -> tuple[str, str]:
+    """The same with the name of the function's class, which Python 3.10 does not say."""
+    code = frame.f_code
+    return frame.f_globals.get("__name__", ""), getattr(code, "co_qualname", code.co_name)
 
 
 class FusingBatchNorm1d(_Fusing, BatchNorm1d):  # noqa: D101
