@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.model.nested import samples_in
+from batchnorm.model.nested import samples_in, tensors_in
 from batchnorm.model.packing import sent
 
 # So many samples at most.
@@ -25,15 +25,24 @@ class Contents:
     Attributes:
         samples: how many; 0 where that cannot be told.
         labels: the class of each, (N,), or None.
+        spread: the standard deviation of the first real numbers in it; None without any.
     """
 
     samples: int
     labels: Tensor | None
+    spread: float | None = None
 
     @classmethod
     def of(cls, batch: Any) -> Contents:
         """The samples and the labels of a batch as a loader gives it."""
-        return cls(samples_in(batch), labels(batch))
+        return cls(samples_in(batch), labels(batch), _spread(batch))
+
+
+def _spread(batch: Any) -> float | None:
+    for tensor in tensors_in(batch):
+        if tensor.is_floating_point() and tensor.numel() > 1:
+            return float(tensor.detach().double().std())
+    return None
 
 
 def labels(batch: Any) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -17,6 +18,9 @@ from batchnorm.doctor.handwritten import Handwritten, handwritten
 from batchnorm.doctor.structure import Call, calls_of
 from batchnorm.model.packing import comes_back
 from batchnorm.model.ranks import ALONE, Ranks
+
+# From so many on it can be told whether shifts are draws from one distribution.
+_MANY_LAYERS, _MANY_CHANNELS = 8, 500
 
 
 @dataclass
@@ -127,12 +131,34 @@ class Subject:
         """Whether there is an optimizer that has made a step that left state (momentum, Adam's averages)."""
         return self.optimizer is not None and any(self.optimizer.state.values())
 
+    @cached_property
+    def shifts_are_drawn(self) -> bool:
+        """Whether the shifts of all layers look like draws from one distribution, as some are initialised.
+
+        Training gives each layer a mean and a spread of its own. They agree here, in many layers of many
+        channels, within 5 standard errors.
+        """
+        shifts = [getattr(layer, "bias", None) for layer in self.batch_norms.values()]
+        known = [s.detach().double().flatten() for s in shifts if s is not None and s.numel() > 1]
+        total = sum(len(shift) for shift in known)
+        if len(known) < _MANY_LAYERS or total < _MANY_CHANNELS:
+            return False
+        every = torch.cat(known)
+        mean, std = every.mean(), every.std()
+        return all(
+            abs(float((s.mean() - mean) / std)) * len(s) ** 0.5 < 5
+            and abs(math.log(max(float(s.std() / std), 1e-12))) * (2 * len(s)) ** 0.5 < 5
+            for s in known
+        )
+
     def is_trained(self, layer: nn.Module) -> bool:
         """Whether the layer's weights are not its first ones: its shifts differ from channel to channel.
 
-        Scales may be drawn at random from the start (DCGAN), shifts are not. Without shifts, the optimizer
-        tells by its state.
+        Scales may be drawn at random from the start (DCGAN), shifts are only where those of all layers look
+        so (RepVGG). Without shifts, the optimizer tells by its state.
         """
+        if self.shifts_are_drawn and not self.optimizer_has_stepped:
+            return False
         shift = getattr(layer, "bias", None)
         if shift is None:
             return self.optimizer_has_stepped

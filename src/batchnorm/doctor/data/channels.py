@@ -18,6 +18,8 @@ from batchnorm.doctor.subject import Subject
 _TOO_FEW, _FEW = 4.0, 16.0
 _SHARE_OF_CHANNELS = 0.05
 _SHARE_DEAD = 0.25
+# Standardised data have a spread of 1, images of 0 to 1 one of 0.3.
+_SMALL_DATA = 0.05
 # With this many images without one that fires, the rate is below 5% with 95% confidence (rule of three).
 _IMAGES_FOR_DEAD = 60
 
@@ -193,9 +195,12 @@ def dead_channels(check: Check, subject: Subject) -> Iterator[Finding]:
 def dominated_by_eps(check: Check, subject: Subject) -> Iterator[Finding]:
     """Channels that vary, with `var + 3 * sqrt(var_noise / batches) < eps` over all batches.
 
-    A warning from a share of `_SHARE_OF_CHANNELS` of the layer's channels on, else a note.
+    A warning from a share of `_SHARE_OF_CHANNELS` of the layer's channels on, else a note. A note in a layer
+    that has counted no batch yet, unless the data are small: training changes what initialisation makes so.
     """
     observed: Observed = subject.observed
+    spreads = [batch.spread for batch in subject.contents if batch.spread is not None]
+    are_small = bool(spreads) and max(spreads) < _SMALL_DATA
     for name, seen in observed.populations.items():
         eps = observed.layers[name].eps
         error = (seen.var_noise / seen.batches).sqrt()
@@ -210,7 +215,7 @@ def dominated_by_eps(check: Check, subject: Subject) -> Iterator[Finding]:
             f"{int(bad.sum())} of {len(bad)} channels have a variance below eps={eps:g} (median "
             f"{float(seen.var[bad].median()):.1e}): they are normalised to a std of "
             f"{float(std[bad].mean()):.2g}, not 1",
-            severity=_by_share(share),
+            severity="note" if name in observed.never_moved and not are_small else _by_share(share),
             effect=float(std[bad].mean()),
             standard_error=float(slope),
             noise_alone=1.0,

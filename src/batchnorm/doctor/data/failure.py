@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from batchnorm.doctor.check import CHECKS, Check, check
 from batchnorm.doctor.data.observed import Observed
@@ -23,11 +24,16 @@ _SHOWN = 300
     needs_data=True,
 )
 def raises(check: Check, subject: Subject) -> Iterator[Finding]:
-    """The error of the first batch on which a forward or the loss raised, else that of a training step."""
+    """The error of the first batch on which a forward or the loss raised, else that of a training step.
+
+    The latter is a note for a model in eval mode, which nobody has asked to train on these batches.
+    """
     observed: Observed = subject.observed
-    found = observed.failure or observed.steps.failure
-    if found is not None:
-        yield found
+    if observed.failure is not None:
+        yield observed.failure
+    elif observed.steps.failure is not None:
+        found = observed.steps.failure
+        yield found if subject.trains else replace(found, severity="note")
 
 
 def failure(

@@ -16,6 +16,7 @@ from batchnorm.doctor.subject import Subject
 from batchnorm.model.batch_norms import batches_counted, is_number
 from batchnorm.model.calling import unwrapped
 from batchnorm.model.freeze import is_frozen
+from batchnorm.model.frozen import is_frozen_batch_norm
 from batchnorm.model.input_moments import input_of
 
 
@@ -26,7 +27,8 @@ class Layer:
     Attributes:
         name: its qualified name.
         module: the layer.
-        frozen: whether it normalises by its running statistics in training too.
+        frozen: whether it normalises by its running statistics in training too: by `bn.freeze`, by its mode,
+            or for good, as torchvision's FrozenBatchNorm2d.
         handmade: whether it is none of torch.nn's and this package's.
         kept: of a handmade one that was seen to follow the batch: the names of its running mean and variance.
     """
@@ -131,7 +133,7 @@ def layers_of(subject: Subject) -> dict[str, Layer]:
         handmade = not isinstance(module, _BatchNorm)
         kept = _kept(subject.handwritten[name]) if name in subject.handwritten else None
         if id(module) in known or kept is not None or (handmade and running_of(module) is not None):
-            frozen = is_frozen(module) if isinstance(module, _BatchNorm) else False
+            frozen = is_frozen(module) if isinstance(module, _BatchNorm) else is_frozen_batch_norm(module)
             frozen = frozen or (network.training and not module.training)
             layers[name] = Layer(name, module, frozen, handmade, kept)
     return layers

@@ -51,6 +51,9 @@ def compare(network: nn.Module, batch: Any, exchanged: Any | None, run: Callable
     other, other_inside = _run(network, mixed, run, half, samples_in(mixed))
     if first is None or again is None or other is None or not (first.shape == other.shape == again.shape):
         return None
+    if first.shape[1] == count:
+        # Perhaps a score of each sample with each of the batch: those with the ones that stay are compared.
+        first, again, other = first[:, :half], again[:, :half], other[:, :half]
     scale = float(first.std()) or float(first.abs().max()) or 1.0
     change = (other - first).square().mean(1).sqrt() / scale
     effect = float(change.square().mean().sqrt())

@@ -15,6 +15,7 @@ from batchnorm.doctor.data.layers import Layer
 from batchnorm.doctor.data.noise import BatchStatistics, take
 from batchnorm.doctor.data.outputs import Score, first_tensor
 from batchnorm.doctor.data.padding import Padding, find_padding
+from batchnorm.model.function_calls import FunctionCalls, FunctionNorm
 from batchnorm.model.packing import sent
 
 _RECTIFIERS = {
@@ -75,6 +76,12 @@ class PassRecorder:
         self.rectified: set[str] = set()
         self.padding: dict[str, Padding] = {}
         self._outputs: dict[int, tuple[str, Any]] = {}
+        # Layers that call batch norm as a function, and those of which the module's own input was taken.
+        self._functions: set[str] = set()
+        self._of_module: set[str] = set()
+        self._by_statistics = {
+            tuple(map(id, layer.running)): layer for layer in layers.values() if layer.running is not None
+        }
         self._finite: Any = None
 
     @contextmanager
@@ -89,7 +96,7 @@ class PassRecorder:
                 handles.append(module.register_forward_hook(after))
             handles.append(module.register_forward_hook(self._leaving(name)))
         try:
-            with _Rectifiers(self):
+            with _Rectifiers(self), FunctionCalls(self.network, self._function):
                 yield
         finally:
             for handle in handles:
@@ -149,20 +156,34 @@ class PassRecorder:
             if module.training:
                 self.in_training_mode.add(layer.name)
             with _whatever_it_holds(layer):
-                self._take_input(layer, args, kwargs)
+                if layer.name not in self._functions and self._take_input(layer, args, kwargs):
+                    self._of_module.add(layer.name)
 
         return hook
 
-    def _take_input(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Add what a layer is given to all that is `seen` of it, or to nothing."""
+    def _function(self, norm: FunctionNorm, x: Tensor) -> None:
+        """Batch norm is called as a function: what it is given counts, not what its module is given."""
+        layer = self._by_statistics.get(tuple(map(id, norm.buffers())))
+        if layer is None or layer.name not in self.inside:
+            return
+        self._functions.add(layer.name)
+        if layer.name in self._of_module:
+            for of_calls in (self.seen.statistics, self.seen.normalized, self.seen.batch_of):
+                of_calls[layer.name].pop()
+            self._of_module.discard(layer.name)
+        with _whatever_it_holds(layer):
+            self._take_input(layer, (x,), {})
+
+    def _take_input(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Add what a layer is given to all that is `seen` of it, or to nothing; whether it was added."""
         given = layer.input(args, kwargs)
         if given is None:
-            return
+            return False
         x, mask = given
         statistics = take(x, mask)
         finite = bool(torch.isfinite(statistics.mean).all() and torch.isfinite(statistics.var).all())
         if not finite:
-            return
+            return False
         if self.by_batch and not layer.frozen and layer.running is not None and statistics.values > 1:
             layer.write(statistics.mean, statistics.var)
         if self.by_batch and self.batch < 2 and mask is None and layer.name not in self.padding:
@@ -176,9 +197,12 @@ class PassRecorder:
         seen.statistics.setdefault(layer.name, []).append(statistics)
         seen.normalized.setdefault(layer.name, []).append(normalized)
         seen.batch_of.setdefault(layer.name, []).append(self.batch)
+        return True
 
     def _after(self, layer: Layer) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if layer.name in self._functions:
+                return
             if isinstance(output, Tensor) and output.ndim >= 2 and output.numel() and self.by_batch:
                 with _whatever_it_holds(layer):
                     self._take_output(layer, output)

@@ -18,6 +18,7 @@ LARGE_EPS = 1e-2
 SMALL_EPS = 1e-10
 # The share of the first statistics that may be left in a running average without harm.
 _SHARE = 0.01
+_SEVERAL = 3
 
 
 @check(
@@ -34,8 +35,9 @@ def momentum(check: Check, subject: Subject) -> Iterator[Finding]:
     """Momentum, the weight of the new batch, of `HIGH_MOMENTUM` or more: a warning. Outside 0 to 1: an error.
 
     Of `LOW_MOMENTUM` or less: a warning, or a note where less than `_SHARE` of the first statistics is left,
-    `(1 - momentum)**batches`. Not of layers that `bn.freeze` has frozen or that keep no running statistics;
-    of hand-written ones the momentum that was measured, where it is high.
+    `(1 - momentum)**batches`, and where `_SEVERAL` layers or more, all of a new model, share it. Not of
+    layers that `bn.freeze` has frozen or that keep no running statistics; of hand-written ones the momentum
+    that was measured, where it is high.
     """
     for name, seen in subject.handwritten.items():
         weight = max(kept.momentum for kept in seen.kept)
@@ -57,16 +59,27 @@ def momentum(check: Check, subject: Subject) -> Iterator[Finding]:
             yield check.finding(
                 name,
                 f"momentum {value:g}: {left:.1%} of its first statistics are left ({seen_batches} batches)",
-                severity="note" if left < _SHARE else "warning",
+                severity="note" if left < _SHARE or _is_chosen(subject, value) else "warning",
                 momentum=value,
                 batches_seen=seen_batches,
                 share_left=left,
             )
 
 
+def _is_chosen(subject: Subject, momentum: float) -> bool:
+    """Whether all batch norms of a model that is not trained yet share a momentum, as in MNASNet.
+
+    Nothing is wrong there so far, and one layer's slip it is not.
+    """
+    layers = list(subject.batch_norms.values())
+    return len(layers) >= _SEVERAL and all(
+        getattr(layer, "momentum", None) == momentum and not batches_counted(layer) for layer in layers
+    )
+
+
 def _window(momentum: float) -> str:
     return (
-        f"momentum {momentum:.3g} weighs the new batch: the running statistics are those of the last "
+        f"momentum {momentum:.6g} weighs the new batch: the running statistics are those of the last "
         f"{_batches(momentum):.1f} batches"
     )
 

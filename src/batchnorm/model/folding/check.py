@@ -97,7 +97,7 @@ def run(model: nn.Module, example: Example) -> Any:
 
 def run_float64(model: nn.Module, example: Example) -> Any:
     """The output of a model that `to_float64` has changed, for the example in float64."""
-    with _float64_by_default(), _CastsToFloat64():
+    with in_float64():
         return run(model, tree_map(_double, example))
 
 
@@ -176,11 +176,13 @@ def _double(value: Any) -> Any:
 
 
 @contextmanager
-def _float64_by_default() -> Iterator[None]:
+def in_float64() -> Iterator[None]:
+    """Inside, new tensors are float64 where nothing else is said, and casts to less are to float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        yield
+        with _CastsToFloat64():
+            yield
     finally:
         torch.set_default_dtype(before)
 
