@@ -17,6 +17,7 @@ from batchnorm.kernels.choice import Choice
 from batchnorm.kernels.reference import ACTIVATIONS
 from batchnorm.moments import Moments
 from batchnorm.names import describe
+from batchnorm.other_tools import as_leaf, check_reader
 from batchnorm.renorm import Renorm
 
 _RenormLike = Renorm | tuple[float, float] | Mapping[str, float] | bool | None
@@ -163,6 +164,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             TypeError: not a tensor, or not floating point.
             ValueError: a wrong shape, or one value per channel in training.
         """
+        if type(x) is not Tensor and (leaf := as_leaf(self, x, residual, mask)) is not None:
+            return leaf
         return self._run(x, residual, mask, self._activation)
 
     def _run(self, x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> Tensor:
@@ -355,10 +358,28 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 f"expected {self._expected} input, got {x.ndim}D input of shape {tuple(x.shape)}"
             )
 
-    def extra_repr(self) -> str:
+    def __getattr__(self, name: str) -> Any:
+        if name == "running_mean" and not is_compiling():
+            check_reader(self._options_lost)
+        return super().__getattr__(name)
+
+    def _options_lost(self, library: str) -> dict[str, Any]:
+        """What is lost where a module of this name takes a layer for one of torch.nn's."""
+        return {name: value for name, value in self._changed_options().items() if name != "sync"}
+
+    def _changed_options(self) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in _OPTIONS}
         options["sync"] = self._sync  # whose repr of a group is its ranks
-        changed = [f"{name}={value!r}" for name, value in options.items() if value != _OPTIONS[name]]
+        return {name: value for name, value in options.items() if value != _OPTIONS[name]}
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"{describe(self)}: torch.jit.script cannot compile this package's layers: export the model with "
+            "torch.export, or bn.revert(model) first, which gives torch.nn's layers back"
+        )
+
+    def extra_repr(self) -> str:
+        changed = [f"{name}={value!r}" for name, value in self._changed_options().items()]
         return ", ".join([super().extra_repr(), *changed])
 
 

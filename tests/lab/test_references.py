@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -100,6 +101,54 @@ def test_weights_among_other_things(here: Path, key: str) -> None:
     other = make_model("their_nets:make")
     load_weights(other, here / "checkpoint.pt")
     assert torch.equal(other.state_dict()["0.weight"], model.state_dict()["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("rename", "others", "said"),
+    [
+        (lambda n: f"module.{n}", {}, "took module. off the names of the weights"),
+        (lambda n: f"model.{n}", {}, "took model. off the names of the weights"),
+        (lambda n: f"_orig_mod.{n}", {}, "took _orig_mod. off the names of the weights"),
+        (lambda n: f"module._orig_mod.{n}", {}, "took _orig_mod. and module. off the names of the weights"),
+        (lambda n: f"model.module.{n}", {}, "took model.module. off the names of the weights"),
+        (lambda n: f"{n[:2]}_orig_mod.{n[2:]}", {}, "took _orig_mod. off the names of the weights"),
+        (lambda n: f"encoder.net.{n}", {}, "took encoder.net. off the names of the weights"),
+        (
+            lambda n: f"module.{n}",
+            {"n_averaged": torch.tensor(3)},
+            "took module. off the names of the weights, and left out n_averaged, which are none of them",
+        ),
+        (
+            lambda n: f"model.{n}",
+            {f"teacher.{n}": torch.ones(1) for n in ("0.weight", "0.bias")},
+            "took model. off the names of the weights, and left out teacher.0.bias, teacher.0.weight, "
+            "which are none of them",
+        ),
+        (lambda n: n, {}, ""),
+    ],
+)
+def test_names_with_a_prefix(here: Path, rename: Any, others: dict[str, Any], said: str) -> None:
+    model, other = make_model("their_nets:make"), make_model("their_nets:make")
+    state = {rename(name): tensor for name, tensor in model.state_dict().items()}
+    torch.save(state | others, here / "w.pt")
+    assert load_weights(other, here / "w.pt") == said
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor)
+
+
+def test_two_prefixes_and_none_that_fits(here: Path) -> None:
+    model = make_model("their_nets:make")
+    state = model.state_dict()
+    twice = {f"{who}.{name}": tensor for who in ("student", "teacher") for name, tensor in state.items()}
+    torch.save(twice, here / "w.pt")
+    with pytest.raises(ValueError, match=r"more than once, under student\., teacher\.: keep one"):
+        load_weights(model, here / "w.pt")
+    # The usual one is meant where there is one.
+    torch.save({name.replace("student", "module"): t for name, t in twice.items()}, here / "w.pt")
+    assert load_weights(model, here / "w.pt").startswith("took module. off")
+    torch.save({f"module.{name}": t for name, t in state.items() if name != "0.bias"}, here / "w.pt")
+    with pytest.raises(ValueError, match=r"lacks 0\.bias, 0\.weight"):
+        load_weights(model, here / "w.pt")
 
 
 class Bomb:

@@ -34,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 out = Console(highlight=False, soft_wrap=True, markup=False)
+errors = Console(highlight=False, soft_wrap=True, markup=False, stderr=True)
 
 DataDir = Annotated[
     str | None,
@@ -46,7 +47,7 @@ _FOR_PROCESSES = ("train", "doctor", "recalibrate")
 def main(context: typer.Context) -> None:
     """Batch normalization done right for PyTorch: verbs on models, and the lab's experiments."""
     world = World.from_environment()
-    out.quiet = world.rank > 0
+    out.quiet = errors.quiet = world.rank > 0
     if not world.alone and context.invoked_subcommand not in _FOR_PROCESSES:
         raise ValueError(
             f"{context.invoked_subcommand} runs in one process: start it without torchrun (of the commands, "

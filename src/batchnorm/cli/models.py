@@ -9,7 +9,7 @@ import torch
 import typer
 from torch import nn
 
-from batchnorm.cli.app import DataDir, app, names, out
+from batchnorm.cli.app import DataDir, app, errors, names, out
 from batchnorm.files import check_new_file, write_new_file
 from batchnorm.lab import references, tables
 from batchnorm.lab.data import DATASETS
@@ -130,5 +130,7 @@ def load_model(reference: str, weights: Path | None) -> nn.Module:
     """What the factory makes, with the weights of a file where there is one."""
     model = references.make_model(reference)
     if weights is not None:
-        references.load_weights(model, weights)
+        said = references.load_weights(model, weights)
+        if said:
+            errors.print(f"{weights}: {said}")
     return model

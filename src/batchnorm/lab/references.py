@@ -26,6 +26,9 @@ _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _MODEL_KEYS = ("state_dict", "model_state_dict", "model")
 _SAFETENSORS = ".safetensors"
 WEIGHT_FILES = (_SAFETENSORS, ".pt", ".pth")
+# What torch.compile puts before the names of a module, and what others do, alone or with each other.
+_COMPILED = "_orig_mod."
+_WRAPPERS = {"module", "model", ""}
 _NAMED = 3
 
 
@@ -104,16 +107,22 @@ def example_input(shape: str) -> Tensor:
     return torch.randn([int(size) for size in sizes], generator=torch.Generator().manual_seed(0))
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path) -> str:
     """Load a safetensors file, or a checkpoint of tensors (`weights_only`), into the model.
 
-    A checkpoint is a state_dict, or has one under "state_dict", "model_state_dict" or "model".
+    A checkpoint is a state_dict, or has one under "state_dict", "model_state_dict" or "model". Its names may
+    have what a wrapper has put before them: `module.` (DistributedDataParallel), `model.` (Lightning),
+    `_orig_mod.` (torch.compile), or any one prefix under which all of the model's are.
+
+    Returns:
+        what was taken off the names and left out, in words; empty where they are the model's.
 
     Raises:
         ValueError: not such a file, or its tensors are not the model's.
     """
     state = _read_state(path)
     expected = model.state_dict()
+    state, said = _without_prefix(path, state, set(expected))
     _check_names(path, set(expected) - set(state), "lacks", "which the model has")
     _check_names(path, set(state) - set(expected), "has", "which the model lacks")
     for name, tensor in expected.items():
@@ -122,6 +131,36 @@ def load_weights(model: nn.Module, path: Path) -> None:
                 f"{path}: {name} has shape {tuple(state[name].shape)}, in the model {tuple(tensor.shape)}"
             )
     model.load_state_dict(state)
+    return said
+
+
+def _without_prefix(path: Path, state: dict[str, Tensor], names: set[str]) -> tuple[dict[str, Tensor], str]:
+    """The tensors under the model's names, where these all stand behind one prefix; and what was done."""
+    if not names or names <= set(state):
+        return state, ""
+    compiled = {name.replace(_COMPILED, ""): tensor for name, tensor in state.items()}
+    if len(compiled) < len(state):
+        compiled = state  # the same name twice, once without it
+    off = [_COMPILED] if any(_COMPILED in name for name in state) and compiled is not state else []
+    first = min(names)
+    found = [name.removesuffix(first) for name in compiled if name.endswith(first)]
+    prefixes = [prefix for prefix in found if all(prefix + name in compiled for name in names)]
+    usual = [prefix for prefix in prefixes if set(prefix.split(".")) <= _WRAPPERS]
+    prefixes = usual or prefixes
+    if len(prefixes) > 1:
+        raise ValueError(
+            f"{path} has the model's weights more than once, under {', '.join(sorted(prefixes))}: keep one"
+        )
+    if not prefixes:
+        return state, ""  # the names say what is wrong
+    prefix = prefixes[0]
+    others = sorted(name for name in compiled if not name.startswith(prefix))
+    off += [prefix] if prefix else []
+    said = f"took {' and '.join(off)} off the names of the weights"
+    if others:
+        said += f", and left out {_listed(others)}, which are none of them"
+    inside = {name[len(prefix) :]: tensor for name, tensor in compiled.items() if name.startswith(prefix)}
+    return inside, said
 
 
 def weights_as_bytes(model: nn.Module, suffix: str) -> bytes:
@@ -179,6 +218,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 def _check_names(path: Path, names: set[str], verb: str, end: str) -> None:
     if names:
-        first = ", ".join(sorted(names)[:_NAMED])
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        raise ValueError(f"{path} {verb} {first}{more}, {end}")
+        raise ValueError(f"{path} {verb} {_listed(sorted(names))}, {end}")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

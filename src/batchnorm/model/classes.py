@@ -21,6 +21,7 @@ from batchnorm.layers import (
 )
 from batchnorm.model.fusion.waiting import FUSING, LAYER_FILES
 from batchnorm.model.registry import Following, following, is_registered, is_torchs
+from batchnorm.other_tools import as_leaf
 
 LAYER_FILES.add(__file__)
 
@@ -47,7 +48,7 @@ _OURS: dict[type[nn.Module], type[_BatchNorm]] = {
 _TAKEN = {"forward", "_choice", *_OPTIONS, *(f"_{option}" for option in _OPTIONS)}
 
 
-class _Converted:
+class _Converted(_BatchNorm):
     """What the class made for a subclass adds: the subclass itself, and its own check of inputs."""
 
     class_before_convert: type[nn.Module]
@@ -59,14 +60,14 @@ class _Converted:
         return _new, (self._class_of_ours, self.class_before_convert, follows), *state
 
 
-class _ChecksItself:
+class _ChecksItself(_BatchNorm):
     """A layer whose class has a check of inputs of its own, such as one that takes any rank."""
 
     _ranks: tuple[int, ...] = ()
 
     def _check_rank(self, x: Tensor) -> None:
         if isinstance(x, Tensor):
-            self._check_input_dim(x)  # type: ignore[attr-defined]
+            self._check_input_dim(x)
 
 
 class _Following(_Converted):
@@ -86,13 +87,25 @@ class _Following(_Converted):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """What its class computes; a residual is added, and a mask counts, as in this package's layers."""
+        if type(x) is not Tensor and (leaf := as_leaf(self, x, residual, mask)) is not None:
+            return leaf
         activation, steps = self._what_follows()
         if activation is None and not steps:
-            return super().forward(x, residual, mask)  # type: ignore[misc]
-        y: Tensor = self._run(x, residual, mask, activation)  # type: ignore[attr-defined]
+            return super().forward(x, residual, mask)
+        y: Tensor = self._run(x, residual, mask, activation)
         for step in steps:
             y = step(y)
         return y
+
+    def _options_lost(self, library: str) -> dict[str, Any]:
+        """What the class applies is known to its own library, and to no other."""
+        options = super()._options_lost(library)
+        activation, steps = self._what_follows()
+        if library.partition(".")[0] == self.class_before_convert.__module__.partition(".")[0]:
+            options.pop("activation", None)
+        elif steps:
+            options["activation"] = " and ".join([*filter(None, [activation]), *map(str, steps)])
+        return options
 
     def _what_follows(self) -> Following:
         if not is_registered(self.class_before_convert):  # it was pickled where it was
@@ -101,7 +114,7 @@ class _Following(_Converted):
                 f"{type(self).__name__}: {name} is not registered in this process, so that what it applies "
                 f"after batch norm is not known: bn.register({name}, activation=...) first"
             )
-        return following(self)  # type: ignore[arg-type]
+        return following(self)
 
 
 def class_of_ours(cls: type[nn.Module], any_forward: bool = False) -> type[nn.Module] | None:

@@ -23,7 +23,8 @@ def freeze(
 ) -> Model:
     """Let the batch norms of `model` stay as they are while the rest of it trains.
 
-    For fine-tuning with few samples, or with batches too small for statistics. Freezing again adds to what
+    For fine-tuning with few samples, or with batches too small for statistics. Statistics that are frozen are
+    not reset either, as torch.optim.swa_utils.update_bn would. Freezing again adds to what
     is frozen; one `unfreeze` undoes it all. Copies and pickles of the model stay frozen; its state_dict is
     that of the unfrozen model, with no sign of it: freeze a model again after loading one.
 
@@ -58,6 +59,7 @@ def freeze(
     for layer in with_statistics:
         if not is_frozen(layer):
             layer.__dict__["train"] = _StaysInEval(layer)
+            layer.__dict__["reset_running_stats"] = _keep_running_stats
             layer.training = False
     for layer in with_affine:
         if _WHEN_FROZEN not in layer.__dict__:
@@ -93,6 +95,7 @@ def unfreeze(model: Model, *, filter: Filter | None = None) -> Model:
         stays = layer.__dict__.get("train")
         if isinstance(stays, _StaysInEval):
             del layer.__dict__["train"]
+            layer.__dict__.pop("reset_running_stats", None)
             layer.training = stays.asked_for
         requires_grad = layer.__dict__.pop(_WHEN_FROZEN, {})
         for name, parameter in _own_parameters(layer).items():
@@ -117,6 +120,10 @@ def is_frozen(layer: nn.Module) -> bool:
 def affine_is_frozen(layer: nn.Module) -> bool:
     """Whether the layer's weight and bias are frozen."""
     return _WHEN_FROZEN in layer.__dict__
+
+
+def _keep_running_stats() -> None:
+    """Stands in for the `reset_running_stats` of a frozen layer, which swa_utils.update_bn calls on all."""
 
 
 class _StaysInEval:
