@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from batchnorm.checks import first_line
 from batchnorm.model.function_calls import PARAMETERS, argument
+from batchnorm.model.probe import twin_of
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,18 @@ class FunctionalNorms:
     """The functional batch norms in the forwards of some modules, by a trace of each by itself."""
 
     def __init__(self, owners: dict[nn.Module, dict[str, Any]]) -> None:
-        """`owners`: modules that may be spoiled, each with the constant arguments of its calls."""
+        """`owners`: modules, each with the constant arguments of its calls."""
         self.errors: dict[nn.Module, str] = {}
         self.constants: dict[FunctionalNorm, Constants | str] = {}
         for owner, arguments in owners.items():
             try:
-                graph = trace_alone(owner, arguments)
+                twin = twin_of(owner).eval()  # in float64, in which constants may be computed
+                graph = trace_alone(twin, arguments)
             except Exception as error:  # whatever the user's code raises when it is given proxies
                 self.errors[owner] = f"{type(error).__name__}: {first_line(error)}"
                 continue
             for index, node in enumerate(functional_nodes(graph)):
-                self.constants[FunctionalNorm(owner, index)] = _constants(owner, node)
+                self.constants[FunctionalNorm(owner, index)] = _constants(twin, node)
 
     def number_of(self, owner: nn.Module) -> int:
         """How many there are in the forward of `owner`."""

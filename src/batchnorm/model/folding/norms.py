@@ -76,7 +76,8 @@ def norms_of_functions(
         elif isinstance(constants, str):
             norms[call] = Norm(name, 0, reason=constants)
         else:
-            affine = Affine.of(*constants)
+            device = next(call.owner.buffers()).device
+            affine = Affine(*[values.to(device) for values in Affine.of(*constants)])
             _check_finite(name, affine, constants)
             norms[call] = Norm(name, len(affine.scale), affine=affine)
     for owner, error in functional.errors.items():
