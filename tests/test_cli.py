@@ -452,6 +452,26 @@ LENET = "batchnorm.lab.nets:LeNet"
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        ["fold", LENET, "--example", "1x1x28x28", "--output", "a.pt2"],
+        ["recalibrate", LENET, "--data", "digits", "--max-batches", "1", "--output", "a.pt"],
+        ["doctor", LENET, "--json"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_the_names_of_weights_may_have_a_wrappers_prefix(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {f"module._orig_mod.{name}": tensor for name, tensor in LeNet().state_dict().items()}
+    torch.save({"epoch": 1, "state_dict": state}, "ddp.pt")
+    assert run([*command, "--weights", "ddp.pt"]) in (0, 1)
+    printed = capsys.readouterr()
+    assert "ddp.pt: took _orig_mod. and module. off the names of the weights" in printed.err
+    assert "took" not in printed.out
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["recalibrate", "LeNet", "--data", "digits", "--output", "a.pt"], "package.module:function"),
